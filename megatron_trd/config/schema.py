@@ -1,0 +1,427 @@
+"""The only configuration: a frozen tree of dataclasses.
+
+Each field is a flag (`top_k` <-> `--top-k`), its docstring is the help text, and `docs/configuration.md` is
+generated from here. Names are Megatron-LM's where the concept is Megatron's. Checks that need one section
+live in its `__post_init__`; checks across sections live in `Config.__post_init__`. Every error names the
+flag, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require(ok: bool, flag: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"--{flag} {value}: {remedy}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodConfig:
+    """Which distillation: who teaches, along which trajectory."""
+
+    mode: Literal["opd", "opsd"] = "opsd"
+    """`opd`: a separate teacher model; `opsd`: the student's own backbone, which also sees the reference solution."""
+    trajectory: Literal["y_r", "y_o"] = "y_r"
+    """Response the loss runs along: `y_r`, the teacher's rewrite (TRD), or `y_o`, the raw rollout (the baselines)."""
+    opsd_teacher: Literal["initial", "current"] = "initial"
+    """Weights of the OPSD teacher: the ones training started from, or the student's current ones."""
+    trajectory_filter: Literal["full", "fail", "succ", "fail_to_succ"] = "full"
+    """Train on all problems, or only where y_o was wrong, right, or wrong with a right y_r."""
+    on_bad_refinement: Literal["keep", "drop", "use_y_o"] = "use_y_o"
+    """What to train on when y_r is empty, truncated or failed: `keep` it if it has tokens, `drop` the problem, or
+    `use_y_o` with the vanilla teacher context. Counted in the metrics."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Models and their precision. Shapes come from the Hugging Face `config.json`, never from flags."""
+
+    hf_checkpoint: str = ""
+    """Hugging Face directory of the student: config.json, safetensors and tokenizer."""
+    teacher_hf_checkpoint: str | None = None
+    """Hugging Face directory of the OPD teacher. Same tokenizer; width, depth and vocabulary padding may differ."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers of the transformer: Megatron's own (`local`), Transformer Engine's, or `auto`: the latter where it imports."""
+    bf16: bool = True
+    """Train in bf16 with fp32 main weights; `--no-bf16` trains in fp32."""
+    make_vocab_size_divisible_by: int = 1
+    """Vocabulary rows are padded to a multiple of this times the tensor-parallel size. Padding never enters the loss."""
+    recompute_granularity: Literal["none", "full"] = "none"
+    """`full`: recompute each layer's activations in the backward pass."""
+    recompute_num_layers: int = 1
+    """Layers per recomputed block."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.make_vocab_size_divisible_by >= 1,
+            "make-vocab-size-divisible-by",
+            self.make_vocab_size_divisible_by,
+            "give a positive integer",
+        )
+        _require(
+            self.recompute_num_layers >= 1,
+            "recompute-num-layers",
+            self.recompute_num_layers,
+            "give a positive integer",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """The grid of ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices."""
+    sequence_parallel: bool = False
+    """Split activations between matrix products along the sequence over the tensor-parallel ranks."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages. Only 1 is supported so far."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence in attention. Only 1 is supported so far."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Overlap the gradient reduction with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the parameter all-gather of the distributed optimizer with the forward pass."""
+    distributed_timeout_minutes: float = 10.0
+    """Deadline of one collective in training."""
+    rollout_timeout_minutes: float = 240.0
+    """How long the other ranks wait for rank 0's rollouts of one iteration."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.tensor_model_parallel_size >= 1,
+            "tensor-model-parallel-size",
+            self.tensor_model_parallel_size,
+            "give a positive integer",
+        )
+        _require(
+            self.pipeline_model_parallel_size == 1,
+            "pipeline-model-parallel-size",
+            self.pipeline_model_parallel_size,
+            "pipeline parallelism is not supported yet; use 1",
+        )
+        _require(
+            self.context_parallel_size == 1,
+            "context-parallel-size",
+            self.context_parallel_size,
+            "context parallelism is not supported yet; use 1",
+        )
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "sequence-parallel",
+            self.sequence_parallel,
+            "needs --tensor-model-parallel-size > 1",
+        )
+        _require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "overlap-param-gather",
+            self.overlap_param_gather,
+            "needs --use-distributed-optimizer and --overlap-grad-reduce",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """The per-token divergence between teacher p and student q, and how tokens are weighted."""
+
+    divergence: Literal["forward-kl", "reverse-kl", "jsd", "mixed"] = "forward-kl"
+    """`forward-kl` = KL(p||q); `reverse-kl` = KL(q||p); `jsd`: see `--beta`; `mixed` = beta KL(p||q) + (1-beta) KL(q||p)."""
+    beta: float = 0.5
+    """Weight in `jsd` = beta KL(p||m) + (1-beta) KL(q||m) with m = beta p + (1-beta) q, and in `mixed`."""
+    distill_temperature: float = 1.0
+    """Divides both sides' logits, once."""
+    teacher_top_k: int = 0
+    """Restrict the divergence to the teacher's K most likely tokens; 0 = the full vocabulary."""
+    top_k_mode: Literal["renorm_both", "renorm_teacher", "tail_bucket"] = "renorm_both"
+    """With `--teacher-top-k`: renormalise both sides on the support, only the teacher, or add the rest as one bucket."""
+    token_clip: float | None = None
+    """Cap each token's divergence at this many nats (a capped token has no gradient); unset = no cap."""
+    entry_clip: float | None = None
+    """Cap each vocabulary entry's p log(p/q) at this many nats before the sum (forward KL); unset = no cap."""
+    loss_normalization: Literal["sequence", "token"] = "sequence"
+    """`sequence`: mean over sequences of the token mean (Eq. 6); `token`: mean over all tokens of the step."""
+    kl_workspace_mb: int = 1024
+    """Upper bound in MiB on the logits workspace of the loss, whatever the number of tokens."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.divergence not in ("jsd", "mixed") or 0.0 < self.beta < 1.0,
+            "beta",
+            self.beta,
+            f"{self.divergence} needs a value strictly between 0 and 1 (the ends are forward-kl and reverse-kl)",
+        )
+        _require(self.distill_temperature > 0, "distill-temperature", self.distill_temperature, "must be positive")
+        _require(self.teacher_top_k >= 0, "teacher-top-k", self.teacher_top_k, "give 0 (full vocabulary) or more")
+        for flag, value in (("token-clip", self.token_clip), ("entry-clip", self.entry_clip)):
+            _require(value is None or value > 0, flag, value, "must be positive; leave it out for no cap")
+        _require(
+            self.entry_clip is None or self.divergence == "forward-kl",
+            "entry-clip",
+            self.entry_clip,
+            f"is defined for forward-kl only, not {self.divergence}",
+        )
+        _require(
+            self.entry_clip is None or self.teacher_top_k == 0,
+            "entry-clip",
+            self.entry_clip,
+            "cannot be combined with --teacher-top-k",
+        )
+        _require(
+            self.teacher_top_k == 0 or self.divergence in ("forward-kl", "reverse-kl"),
+            "teacher-top-k",
+            self.teacher_top_k,
+            f"works with forward-kl and reverse-kl, not {self.divergence}",
+        )
+        _require(self.kl_workspace_mb >= 1, "kl-workspace-mb", self.kl_workspace_mb, "give at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on q, k, v, o, gate, up and down."""
+
+    lora_rank: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    lora_alpha: float = 128.0
+    """The adapter's output is scaled by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input."""
+
+    def __post_init__(self) -> None:
+        _require(self.lora_rank >= 0, "lora-rank", self.lora_rank, "give 0 (full fine-tuning) or more")
+        _require(0.0 <= self.lora_dropout < 1.0, "lora-dropout", self.lora_dropout, "must lie in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule: linear warm-up, then decay over all steps of the run."""
+
+    lr: float = 5e-6
+    """Peak learning rate."""
+    min_lr: float | None = None
+    """Learning rate at the end; unset = a tenth of `--lr`."""
+    lr_warmup_fraction: float = 0.1
+    """Share of the steps spent in the linear warm-up."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    weight_decay: float = 0.005
+    """Decoupled weight decay (norms and biases are exempt)."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "must be positive")
+        _require(
+            self.min_lr is None or 0 <= self.min_lr <= self.lr, "min-lr", self.min_lr, "must lie between 0 and --lr"
+        )
+        _require(
+            0.0 <= self.lr_warmup_fraction < 1.0, "lr-warmup-fraction", self.lr_warmup_fraction, "must lie in [0, 1)"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Problems and batches. An iteration is one rollout batch; a step is one optimizer update."""
+
+    task: str = "arithmetic"
+    """Name of the task: its problems, verifier and prompt templates."""
+    prompt_dir: str | None = None
+    """Directory with your own prompt templates; unset = the task's."""
+    trajectories: str | None = None
+    """Train from this JSONL file of trajectories (made by `megatron_trd.generate`) instead of rolling out."""
+    num_iterations: int = 100
+    """Rollout batches in the run."""
+    rollout_batch_size: int = 128
+    """Problems per iteration."""
+    global_batch_size: int = 128
+    """Sequences per optimizer step; must divide `--rollout-batch-size`."""
+    max_tokens_per_micro_batch: int = 16384
+    """Most tokens packed into one micro-batch, for the longer of the student's and the teacher's stream."""
+    seed: int = 1234
+    """Seeds adapters, dropout and sampling."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("num-iterations", self.num_iterations),
+            ("rollout-batch-size", self.rollout_batch_size),
+            ("global-batch-size", self.global_batch_size),
+            ("max-tokens-per-micro-batch", self.max_tokens_per_micro_batch),
+        ):
+            _require(value >= 1, flag, value, "give a positive integer")
+        _require(
+            self.rollout_batch_size % self.global_batch_size == 0,
+            "global-batch-size",
+            self.global_batch_size,
+            f"must divide --rollout-batch-size {self.rollout_batch_size}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """Generation servers (SGLang's HTTP API) and how to sample from them."""
+
+    student_urls: tuple[str, ...] = ()
+    """Base URLs of the servers that hold the student and receive its new weights."""
+    teacher_urls: tuple[str, ...] = ()
+    """Base URLs of the servers that write y_r: the OPD teacher, or the initial weights in OPSD. They are never resynced.
+    Unset in OPSD with `--opsd-teacher current`: the student's servers."""
+    rollout_temperature: float = 0.6
+    """Sampling temperature of both stages and of evaluation."""
+    rollout_top_p: float = 0.95
+    """Nucleus of both stages and of evaluation."""
+    rollout_top_k: int = 20
+    """Sample from the k likeliest tokens only; -1 = all."""
+    max_prompt_tokens: int = 4096
+    """Longest plain prompt; a longer one is an error that names the problem."""
+    max_response_tokens: int = 16384
+    """Budget of y_o, of y_r and of an evaluation response."""
+    max_refine_prompt_tokens: int = 18432
+    """Budget of the refinement prompt; y_o, then y*, are cut in the middle with a visible mark to keep it."""
+    thinking: bool = False
+    """Ask the chat template for a reasoning block (templates without the switch ignore it)."""
+    request_timeout_s: float = 3600.0
+    """Deadline of one generation request, in seconds."""
+    request_retries: int = 3
+    """Tries on another server after a failed request before the completion counts as failed."""
+    max_concurrent_requests: int = 512
+    """Requests in flight per server group."""
+
+    def __post_init__(self) -> None:
+        _require(self.rollout_temperature >= 0, "rollout-temperature", self.rollout_temperature, "must not be negative")
+        _require(0 < self.rollout_top_p <= 1, "rollout-top-p", self.rollout_top_p, "must lie in (0, 1]")
+        _require(
+            self.rollout_top_k == -1 or self.rollout_top_k >= 1,
+            "rollout-top-k",
+            self.rollout_top_k,
+            "give -1 (all tokens) or a positive integer",
+        )
+        for flag, value in (
+            ("max-prompt-tokens", self.max_prompt_tokens),
+            ("max-response-tokens", self.max_response_tokens),
+            ("max-refine-prompt-tokens", self.max_refine_prompt_tokens),
+            ("max-concurrent-requests", self.max_concurrent_requests),
+        ):
+            _require(value >= 1, flag, value, "give a positive integer")
+        _require(self.request_retries >= 0, "request-retries", self.request_retries, "give 0 or more")
+        for url in (*self.student_urls, *self.teacher_urls):
+            _require(
+                url.startswith(("http://", "https://")), "student-urls/--teacher-urls", url, "start it with http://"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSyncConfig:
+    """How new weights reach the student's servers."""
+
+    weight_sync: Literal["disk"] = "disk"
+    """Transport: `disk` writes a Hugging Face directory which the servers load."""
+    weight_sync_dir: str | None = None
+    """Directory that trainer and servers share; unset = `<run-dir>/weights`."""
+    weight_sync_timeout_s: float = 600.0
+    """Deadline for one server to take the new weights, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Sampling evaluation on held-out problems through the student's servers."""
+
+    eval_interval: int = 0
+    """Iterations between evaluations; 0 = only before and after training."""
+    eval_num_problems: int = 128
+    """Held-out problems; 0 switches evaluation off."""
+    eval_num_samples: int = 8
+    """Samples per problem: the k of avg@k and pass@k."""
+
+    def __post_init__(self) -> None:
+        _require(self.eval_interval >= 0, "eval-interval", self.eval_interval, "give 0 or more")
+        _require(self.eval_num_problems >= 0, "eval-num-problems", self.eval_num_problems, "give 0 or more")
+        _require(self.eval_num_samples >= 1, "eval-num-samples", self.eval_num_samples, "give 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """What a run leaves on disk."""
+
+    run_dir: str = "runs/default"
+    """Directory of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, summary.json."""
+    save_interval: int = 0
+    """Iterations between distributed checkpoints; 0 = none but the last one."""
+    save_checkpoints: bool = True
+    """Save a distributed checkpoint at the end (and every `--save-interval`)."""
+    resume: Literal["auto", "require", "never"] = "auto"
+    """`auto`: go on from the newest checkpoint of `--run-dir` if there is one; `require`: fail if there is none;
+    `never`: start anew (refused when the directory already holds checkpoints)."""
+    save_hf: str | None = None
+    """Export the trained student (adapters merged) to this Hugging Face directory at the end."""
+    save_adapter: str | None = None
+    """Export the LoRA adapter to this PEFT directory at the end."""
+    diagnose_interval: int = 0
+    """Iterations between audits that compare the teacher's signal on y_o and on y_r without training; 0 = only the first
+    iteration; -1 = never."""
+
+    def __post_init__(self) -> None:
+        _require(self.save_interval >= 0, "save-interval", self.save_interval, "give 0 or more")
+        _require(self.diagnose_interval >= -1, "diagnose-interval", self.diagnose_interval, "give -1, 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole run."""
+
+    method: MethodConfig = field(default_factory=MethodConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model.hf_checkpoint), "hf-checkpoint", "(unset)", "give the student's directory")
+        opd = self.method.mode == "opd"
+        _require(
+            not opd or self.model.teacher_hf_checkpoint is not None,
+            "teacher-hf-checkpoint",
+            "(unset)",
+            "--mode opd needs the teacher's directory",
+        )
+        _require(
+            opd or self.model.teacher_hf_checkpoint is None,
+            "teacher-hf-checkpoint",
+            self.model.teacher_hf_checkpoint,
+            "--mode opsd teaches with the student's own weights; leave it out or use --mode opd",
+        )
+        online = self.data.trajectories is None
+        _require(
+            not online or bool(self.rollout.student_urls),
+            "student-urls",
+            "(unset)",
+            "give at least one server, or train from a file with --trajectories",
+        )
+        refines = online and (self.method.trajectory == "y_r")
+        own_refiner = self.method.mode == "opsd" and self.method.opsd_teacher == "current"
+        _require(
+            not refines or own_refiner or bool(self.rollout.teacher_urls),
+            "teacher-urls",
+            "(unset)",
+            "y_r needs a server with the teacher's weights (OPSD: the initial ones, or use --opsd-teacher current)",
+        )
+        _require(
+            self.checkpoint.save_adapter is None or self.lora.lora_rank > 0,
+            "save-adapter",
+            self.checkpoint.save_adapter,
+            "there is no adapter without --lora-rank",
+        )

@@ -1,0 +1,208 @@
+"""From samples to packed token streams: one response, two contexts.
+
+Shape letters: N sequences, T packed tokens, R response tokens.
+
+Each micro-batch holds two streams, `[student prompt | y]` and `[teacher prompt | y]` back to back over its
+sequences, and one list of R response tokens common to both. `lay_out` is the only place that knows which
+position predicts which token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_trd.records import Sample
+
+UNKNOWN, INCORRECT, CORRECT = -1, 0, 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedStream:
+    """Sequences back to back, with no padding between them. On the CPU; `to` moves it."""
+
+    input_ids: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [N + 1] int32, cu_seqlens[-1] == T
+    max_seqlen: int
+    response_positions: Tensor  # [R] int64: the position whose hidden state predicts response token r
+
+    def to(self, device: torch.device) -> PackedStream:
+        return PackedStream(
+            input_ids=self.input_ids.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            max_seqlen=self.max_seqlen,
+            response_positions=self.response_positions.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """What one forward and backward pass of one data-parallel rank needs."""
+
+    student: PackedStream
+    teacher: PackedStream
+    response_ids: Tensor  # [R] int64
+    token_weight: Tensor  # [R] fp32, sums to 1 over the whole step (all ranks and micro-batches)
+    y_o_correct: Tensor  # [R] int8: CORRECT, INCORRECT or UNKNOWN
+    num_sequences: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(
+            student=self.student.to(device),
+            teacher=self.teacher.to(device),
+            response_ids=self.response_ids.to(device),
+            token_weight=self.token_weight.to(device),
+            y_o_correct=self.y_o_correct.to(device),
+            num_sequences=self.num_sequences,
+        )
+
+
+StepBatch = tuple[tuple[MicroBatch, ...], ...]
+"""One optimizer step: `[data-parallel rank][micro-batch]`, equally many micro-batches on every rank."""
+
+
+def lay_out(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[list[int], range]:
+    """Return one sequence's input ids and, for each response token, the position that predicts it.
+
+    The token at position i predicts position i + 1, so response token r is predicted at
+    `len(prompt) - 1 + r`; the last response token predicts nothing and is left out of the input.
+
+    Raises:
+        ValueError: the prompt or the response is empty.
+    """
+    if not prompt_ids or not response_ids:
+        raise ValueError(f"a sequence needs a prompt and a response; got {len(prompt_ids)} and {len(response_ids)} ids")
+    first = len(prompt_ids) - 1
+    return [*prompt_ids, *response_ids[:-1]], range(first, first + len(response_ids))
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    num_steps: int,
+    dp_size: int,
+    max_tokens: int,
+    length_multiple: int,
+    normalization: Literal["sequence", "token"],
+) -> list[StepBatch]:
+    """Split samples into `num_steps` steps, balance them over ranks and micro-batches, and pack.
+
+    Args:
+        samples: at least one.
+        max_tokens: most tokens of one micro-batch, for its longer stream; a longer sequence goes alone.
+        length_multiple: each stream is padded at its end to a multiple of this (sequence parallelism needs it).
+        normalization: the loss of a step is the mean over sequences of the token mean (`sequence`), or the
+            mean over all its tokens (`token`).
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    if not samples:
+        raise ValueError("zero usable samples: nothing to train on; see --on-bad-refinement and --trajectory-filter")
+    num_steps = min(num_steps, len(samples))
+    bounds = [len(samples) * step // num_steps for step in range(num_steps + 1)]
+    return [
+        _pack_step(samples[start:end], dp_size, max_tokens, length_multiple, normalization)
+        for start, end in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
+def pack_in_order(samples: Sequence[Sample], length_multiple: int) -> MicroBatch:
+    """Pack samples into one micro-batch in their order, every token with the same weight."""
+    num_tokens = sum(len(sample.response_ids) for sample in samples)
+    return _pack_micro_batch(samples, [1.0 / num_tokens] * len(samples), length_multiple)
+
+
+def _pack_step(
+    samples: Sequence[Sample], dp_size: int, max_tokens: int, length_multiple: int, normalization: str
+) -> StepBatch:
+    num_tokens = sum(len(sample.response_ids) for sample in samples)
+
+    def weight(sample: Sample) -> float:
+        if normalization == "token":
+            return 1.0 / num_tokens
+        return 1.0 / (len(samples) * len(sample.response_ids))
+
+    ranks = _spread(samples, dp_size)
+    num_micro_batches = max(_bins_needed(rank, max_tokens) for rank in ranks)
+    while True:  # spreading by total cost may overfill a bin that first-fit did not
+        micro_batches = [_spread(rank, num_micro_batches) for rank in ranks]
+        if all(len(m) <= 1 or _longer_stream(m) <= max_tokens for rank in micro_batches for m in rank):
+            break
+        num_micro_batches += 1
+    return tuple(
+        tuple(_pack_micro_batch(m, [weight(s) for s in m], length_multiple) for m in rank) for rank in micro_batches
+    )
+
+
+def _stream_lengths(sample: Sample) -> tuple[int, int]:
+    response = len(sample.response_ids) - 1
+    return len(sample.student_prompt_ids) + response, len(sample.teacher_prompt_ids) + response
+
+
+def _longer_stream(samples: Sequence[Sample]) -> int:
+    return max(sum(lengths) for lengths in zip(*map(_stream_lengths, samples), strict=True))
+
+
+def _spread(samples: Sequence[Sample], num_bins: int) -> list[list[Sample]]:
+    """Longest first into the emptiest bin; cost = tokens of both streams."""
+    bins: list[list[Sample]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for sample in sorted(samples, key=lambda s: -sum(_stream_lengths(s))):
+        emptiest = loads.index(min(loads))
+        bins[emptiest].append(sample)
+        loads[emptiest] += sum(_stream_lengths(sample))
+    return bins
+
+
+def _bins_needed(samples: Sequence[Sample], max_tokens: int) -> int:
+    """First-fit bound on the micro-batches one rank needs (at least one, even with no samples)."""
+    bins: list[tuple[int, int]] = []
+    for student, teacher in sorted(map(_stream_lengths, samples), reverse=True):
+        for i, (s, t) in enumerate(bins):
+            if max(s + student, t + teacher) <= max_tokens:
+                bins[i] = (s + student, t + teacher)
+                break
+        else:
+            bins.append((student, teacher))
+    return max(1, len(bins))
+
+
+def _pack_micro_batch(samples: Sequence[Sample], weights: Sequence[float], length_multiple: int) -> MicroBatch:
+    """Pack one micro-batch. With no samples it is a stream of padding without response tokens: ranks that ran
+    out of sequences still take part in every collective."""
+    lengths = [len(s.response_ids) for s in samples]
+    verdicts = [UNKNOWN if s.y_o_correct is None else (CORRECT if s.y_o_correct else INCORRECT) for s in samples]
+    repeats = torch.tensor(lengths, dtype=torch.int64)
+    return MicroBatch(
+        student=_pack_stream([lay_out(s.student_prompt_ids, s.response_ids) for s in samples], length_multiple),
+        teacher=_pack_stream([lay_out(s.teacher_prompt_ids, s.response_ids) for s in samples], length_multiple),
+        response_ids=torch.tensor([i for s in samples for i in s.response_ids], dtype=torch.int64),
+        token_weight=torch.tensor(weights, dtype=torch.float32).repeat_interleave(repeats),
+        y_o_correct=torch.tensor(verdicts, dtype=torch.int8).repeat_interleave(repeats),
+        num_sequences=len(samples),
+    )
+
+
+def _pack_stream(sequences: Sequence[tuple[list[int], range]], length_multiple: int) -> PackedStream:
+    ids: list[int] = []
+    positions: list[int] = []
+    bounds = [0]
+    for input_ids, predicting in sequences:
+        positions += [len(ids) + i for i in predicting]
+        ids += input_ids
+        bounds.append(len(ids))
+    padding = -len(ids) % length_multiple if ids else length_multiple
+    if padding:  # a sequence of its own, so nothing attends to it
+        ids += [0] * padding
+        bounds.append(len(ids))
+    return PackedStream(
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(b - a for a, b in zip(bounds, bounds[1:], strict=False)),
+        response_positions=torch.tensor(positions, dtype=torch.int64),
+    )

@@ -1,0 +1,88 @@
+"""What a run will hold in memory, from its configuration alone: no GPU, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_trd.config.schema import Config
+from megatron_trd.mcore.hf_config import HFModel, common_padding, read_hf_model
+from megatron_trd.mcore.layouts import ADAPTED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on one rank that do not depend on the batch, by purpose."""
+
+    bytes_of: dict[str, int]
+    trainable_parameters: int
+    """Over the whole model, not one rank."""
+
+    def table(self) -> str:
+        """Render in GiB."""
+        rows = [*self.bytes_of.items(), ("total before activations", sum(self.bytes_of.values()))]
+        return "\n".join(f"  {name:<32} {size / 2**30:10.3f} GiB" for name, size in rows)
+
+
+def memory_plan(config: Config, world_size: int) -> MemoryPlan:
+    """Estimate one rank's fixed memory.
+
+    Weights, gradients (fp32), AdamW's two moments and, in bf16, the fp32 main weights; the teacher where it needs a
+    copy of its own; the workspace of the loss (an upper bound). Activations are not in it.
+    """
+    tp = config.parallel.tensor_model_parallel_size
+    dp = max(1, world_size // tp)
+    teacher_path = config.model.teacher_hf_checkpoint or config.model.hf_checkpoint
+    student, teacher = common_padding(
+        read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", tp),
+        read_hf_model(teacher_path, "teacher-hf-checkpoint", tp),
+        config.model.make_vocab_size_divisible_by,
+        tp,
+    )
+    weight = 2 if config.model.bf16 else 4
+    base = num_parameters(student)
+    rank = config.lora.lora_rank
+    trainable = num_adapter_parameters(student, rank) if rank else base
+    own_teacher = config.method.mode == "opd" or (config.method.opsd_teacher == "initial" and rank == 0)
+    optimizer = 8 + (4 if config.model.bf16 else 0)
+    optimizer_shards = dp if config.parallel.use_distributed_optimizer else 1
+    return MemoryPlan(
+        bytes_of={
+            "student weights": (base + (trainable if rank else 0)) * weight // tp,
+            "gradients (fp32)": trainable * 4 // tp,
+            "optimizer": trainable * optimizer // tp // optimizer_shards,
+            "teacher weights": num_parameters(teacher) * weight // tp if own_teacher else 0,
+            "workspace of the loss (at most)": config.objective.kl_workspace_mb * 2**20,
+        },
+        trainable_parameters=trainable,
+    )
+
+
+def num_parameters(model: HFModel) -> int:
+    """Count a model's parameters, vocabulary padding included."""
+    sizes = _linear_sizes(model)
+    per_layer = sum(out * inside for out, inside in sizes.values()) + 2 * model.hidden_size
+    if model.family.qkv_bias:
+        per_layer += sizes["self_attention.linear_qkv"][0]
+    if model.family.qk_norm:
+        per_layer += 2 * model.geometry.head_dim
+    vocabulary = model.geometry.padded_vocab_size * model.hidden_size
+    return model.geometry.num_layers * per_layer + vocabulary * (1 if model.tied else 2) + model.hidden_size
+
+
+def num_adapter_parameters(model: HFModel, rank: int) -> int:
+    """Count the parameters of a LoRA on all seven projections (fused linears share one A)."""
+    return model.geometry.num_layers * sum(rank * (out + inside) for out, inside in _linear_sizes(model).values())
+
+
+def _linear_sizes(model: HFModel) -> dict[str, tuple[int, int]]:
+    """Fused linear -> (outputs, inputs)."""
+    geometry = model.geometry
+    heads = geometry.num_query_groups * geometry.heads_per_group * geometry.head_dim
+    kv = geometry.num_query_groups * geometry.head_dim
+    sizes = (
+        (heads + 2 * kv, model.hidden_size),
+        (model.hidden_size, heads),
+        (2 * model.ffn_hidden_size, model.hidden_size),
+        (model.hidden_size, model.ffn_hidden_size),
+    )
+    return dict(zip(ADAPTED, sizes, strict=True))

@@ -1,0 +1,75 @@
+"""The nouns every room shares. Plain data: no behaviour beyond derived properties, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One problem x, with what its verifier and a privileged teacher need."""
+
+    id: str
+    """Unique within its task; trajectories are matched to problems by it."""
+    prompt: str
+    """The problem statement x as the solve template receives it."""
+    answer: str
+    """What the verifier compares a response with."""
+    reference_solution: str | None = None
+    """y*, shown only to an OPSD teacher. None when the corpus has none."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled response, exactly as the server returned it."""
+
+    token_ids: tuple[int, ...]
+    """The sampled ids, with the end-of-turn token when it was sampled. Never re-tokenised."""
+    text: str
+    """Decoded response without special tokens; for verifiers and people, never for training."""
+    finish_reason: FinishReason
+    """`stop`: the end-of-turn token was sampled; `length`: budget spent; `abort`: failed or cut off."""
+    logprobs: tuple[float, ...] = ()
+    """Log-probability of each id at the sampling temperature, before top-k/top-p. Empty if not asked."""
+    weight_versions: tuple[str, ...] = ()
+    """Weight versions that produced it, in order; more than one if the weights changed on the way."""
+    error: str | None = None
+    """Why an `abort` happened."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """Stage 1 (y_o), its refinement (y_r) and the exact contexts that produced them."""
+
+    problem: Problem
+    y_o: Completion
+    y_o_correct: bool | None
+    """Verdict on y_o; None when it could not be graded."""
+    solve_prompt_ids: tuple[int, ...]
+    """The plain prompt: y_o was sampled from it and the student is trained on it."""
+    vanilla_prompt_ids: tuple[int, ...]
+    """The teacher's context along y_o: the plain prompt in OPD, x and y* in OPSD."""
+    y_r: Completion | None = None
+    """None when no refinement was asked for."""
+    y_r_correct: bool | None = None
+    refine_prompt_ids: tuple[int, ...] = ()
+    """The context y_r was sampled from and the teacher is conditioned on in the loss."""
+    refine_cut_tokens: int = 0
+    """Tokens of y_o (then y*) cut from the refinement prompt to keep it in budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One response in two contexts: what one sequence of the loss needs and nothing else."""
+
+    problem_id: str
+    student_prompt_ids: tuple[int, ...]
+    teacher_prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    y_o_correct: bool | None = None
+    """Stage-1 verdict; splits D_correct from D_incorrect."""

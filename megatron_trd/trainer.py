@@ -1,0 +1,288 @@
+"""The loop. It reads as Algorithm 1 of the paper:
+
+    roll out  y_o ~ student(x)
+    refine    y_r ~ teacher(x, y_o [, y*])
+    distill   min KL(teacher(. | x, y_o [, y*], y_r,<t) || student(. | x, y_r,<t))
+    publish   the new weights to the student's servers
+
+Rank 0 talks to servers and files; every rank computes. An iteration is one batch of trajectories, a step is one
+optimizer update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_trd.config.schema import Config
+from megatron_trd.data.broadcast import run_on_rank_zero
+from megatron_trd.data.packing import MicroBatch, StepBatch, pack, pack_in_order
+from megatron_trd.log import get_logger
+from megatron_trd.mcore import checkpoint
+from megatron_trd.mcore.groups import Groups
+from megatron_trd.mcore.student import Student
+from megatron_trd.mcore.teacher import Teacher
+from megatron_trd.metrics import MetricSums, Reporter, StageClock
+from megatron_trd.objectives.diagnostics import NAMES, Sums, with_perplexities
+from megatron_trd.records import Sample, Trajectory
+from megatron_trd.rollout.refine import summarize, to_sample
+
+logger = get_logger(__name__)
+PROBE_SEQUENCES = 8
+
+
+class World(Protocol):
+    """What rank 0 sees outside the trainer: trajectories come in, weights go out."""
+
+    def trajectories(self, iteration: int) -> list[Trajectory]:
+        """Return the trajectories of an iteration."""
+        ...
+
+    def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> dict[str, float]:
+        """Bring weights to the student's servers; return metrics. Must exhaust `weights`."""
+        ...
+
+    def served_logprobs(self, samples: Sequence[Sample]) -> list[float] | None:
+        """Return the served student's log-probability of every response token at T = 1; None without servers."""
+        ...
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Evaluate the served student; None where there is nothing to evaluate."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handout:
+    """What rank 0 hands to every rank, once an iteration."""
+
+    steps: list[StepBatch]
+    audits: dict[str, StepBatch]
+    """The same trajectories along y_o and along y_r, to compare the teacher's signal without training."""
+    probe: MicroBatch | None
+    """A few responses whose log-probabilities trainer and server must agree on after the update."""
+    num_samples: int
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the run is: plain values, saved with every checkpoint."""
+
+    iteration: int = 0
+    """Finished iterations; also names the weights."""
+    step: int = 0
+    consumed_samples: int = 0
+    before: dict[str, Any] | None = None
+    """Evaluation before training."""
+    first: dict[str, float] = field(default_factory=dict)
+    """Metrics of the first iteration, its audit among them."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock of each stage since the run began."""
+
+    @property
+    def weight_version(self) -> str:
+        """Version the servers know these weights by."""
+        return f"iter_{self.iteration:07d}"
+
+
+class Trainer:
+    """Runs iterations from wherever the run stands to its end."""
+
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        handout_group: dist.ProcessGroup,
+        student: Student,
+        teacher: Teacher,
+        world: World | None,
+        reporter: Reporter | None,
+    ) -> None:
+        """Assemble the loop.
+
+        Args:
+            handout_group: gloo group over all ranks whose timeout outlasts any rollout.
+            world, reporter: on rank 0 only; None elsewhere.
+        """
+        self.config, self.groups, self.handout_group = config, groups, handout_group
+        self.student, self.teacher = student, teacher
+        self.world, self.reporter = world, reporter
+        self.progress = Progress()
+        self.clock = StageClock()
+        self.checkpoints = Path(config.checkpoint.run_dir) / "checkpoints"
+
+    def resume(self, iteration: int) -> None:
+        """Go on after the checkpoint of `iteration`. Collective over all ranks."""
+        self.progress = Progress(**checkpoint.load(self.checkpoints, iteration, self.student, self.groups))
+        self.clock.totals.update(self.progress.seconds)
+        logger.info("resumed after iteration %d of %s", iteration, self.checkpoints)
+        if self.reporter:
+            self.reporter.rewind(iteration)
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end; return the final evaluation (on rank 0)."""
+        self._publish(probe=None, samples=[])
+        if self.progress.iteration == 0:
+            self.progress.before = self._evaluate()
+        after = self.progress.before
+        while self.progress.iteration < self.config.data.num_iterations:
+            metrics = self._iterate()
+            last = self.progress.iteration == self.config.data.num_iterations
+            if last or self._due(self.config.eval.eval_interval):
+                after = self._evaluate()
+                metrics |= _evaluation_tags(self.config.data.task, after)
+            self._report(metrics)
+            if self.config.checkpoint.save_checkpoints and (last or self._due(self.config.checkpoint.save_interval)):
+                with self.clock("checkpoint"):
+                    checkpoint.save(self.checkpoints, self.student, self.groups, asdict(self.progress))
+        return after
+
+    def _iterate(self) -> dict[str, float]:
+        """Roll out, refine, distill, publish."""
+        metrics: dict[str, float] = {}
+        samples: list[Sample] = []
+
+        def prepare() -> Handout:
+            trajectories = self.world.trajectories(self.progress.iteration)
+            metrics.update(summarize(trajectories))
+            samples.extend(self._samples(trajectories, metrics))
+            return self._pack(trajectories, samples)
+
+        with self.clock("rollout"):
+            handout = run_on_rank_zero(prepare, self.handout_group)
+        if handout.audits:
+            with self.clock("diagnose"):
+                metrics |= self._diagnose(handout)
+        with self.clock("train"):
+            metrics |= self._train(handout)
+        self.progress.iteration += 1
+        self.progress.consumed_samples += handout.num_samples
+        if self.progress.iteration == 1:
+            self.progress.first = dict(metrics)
+        with self.clock("publish"):
+            metrics |= self._publish(handout.probe, samples[:PROBE_SEQUENCES])
+        self.progress.seconds = dict(self.clock.totals)
+        return metrics
+
+    # ------------------------------------------------------------------ trajectories -> packed steps (rank 0)
+
+    def _samples(self, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> list[Sample]:
+        decided = [to_sample(t, self.config.method) for t in trajectories]
+        for decision in decided:
+            if decision.reason:
+                tag = f"rollout/{decision.reason}"
+                metrics[tag] = metrics.get(tag, 0.0) + 1.0
+        samples = [d.sample for d in decided if d.sample is not None]
+        metrics["rollout/usable_samples"] = float(len(samples))
+        if not samples:
+            logger.warning("iteration %d: zero usable samples, no update", self.progress.iteration)
+        return samples
+
+    def _pack(self, trajectories: Sequence[Trajectory], samples: Sequence[Sample]) -> Handout:
+        data, parallel = self.config.data, self.config.parallel
+        multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+
+        def packed(chosen: Sequence[Sample], num_steps: int) -> list[StepBatch]:
+            return pack(
+                chosen,
+                num_steps=num_steps,
+                dp_size=self.groups.dp_size,
+                max_tokens=data.max_tokens_per_micro_batch,
+                length_multiple=multiple,
+                normalization=self.config.objective.loss_normalization,
+            )
+
+        audits: dict[str, StepBatch] = {}
+        interval = self.config.checkpoint.diagnose_interval
+        if interval >= 0 and (self.progress.iteration == 0 or self._due(interval)):
+            for which in ("y_o", "y_r"):
+                method = replace(
+                    self.config.method, trajectory=which, trajectory_filter="full", on_bad_refinement="drop"
+                )
+                chosen = [s for t in trajectories if (s := to_sample(t, method).sample) is not None]
+                if chosen:
+                    (audits[which],) = packed(chosen, 1)
+        return Handout(
+            steps=packed(samples, data.rollout_batch_size // data.global_batch_size) if samples else [],
+            audits=audits,
+            probe=pack_in_order(samples[:PROBE_SEQUENCES], multiple) if samples else None,
+            num_samples=len(samples),
+        )
+
+    # ------------------------------------------------------------------ compute (all ranks)
+
+    def _train(self, handout: Handout) -> dict[str, float]:
+        if not handout.steps:
+            return {}
+        sums: list[Sums] = []
+        for batch in handout.steps:
+            result = self.student.train_step(batch[self.groups.dp_rank], self.teacher)
+            sums += result.sums
+            self.progress.step += 1
+        means = self._reduce(sums)
+        return {
+            "train/loss": means.pop("loss"),
+            "train/grad_norm": result.grad_norm,
+            "train/lr": result.lr,
+            **{f"distill/{name}": value for name, value in means.items()},
+        }
+
+    def _diagnose(self, handout: Handout) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for which, batch in handout.audits.items():
+            means = self._reduce(self.student.audit(batch[self.groups.dp_rank], self.teacher))
+            metrics |= {f"audit/{which}/{name}": value for name, value in means.items()}
+        return metrics
+
+    def _reduce(self, sums: Sequence[Sums]) -> dict[str, float]:
+        """Divide once: one reduction over the data-parallel ranks for all names."""
+        total = MetricSums(NAMES, device=self.groups.device)
+        for part in sums:
+            for name, (numerator, denominator) in part.items():
+                total.add(name, numerator, denominator)
+        return with_perplexities(total.reduce(self.groups.dp))
+
+    # ------------------------------------------------------------------ the student's servers (all ranks export)
+
+    def _publish(self, probe: MicroBatch | None, samples: Sequence[Sample]) -> dict[str, float]:
+        """Export collectively, send from rank 0, and check that trainer and server agree on the probe."""
+        weights = self.student.export()
+        metrics: dict[str, float] = {}
+        if self.world is None:
+            for _ in weights:
+                pass
+        else:
+            metrics = self.world.publish(weights, self.progress.weight_version)
+        if probe is not None:
+            ours = self.student.response_logprobs(probe)
+            served = self.world.served_logprobs(samples) if self.world else None
+            if served is not None:
+                gap = (ours.double().cpu() - torch.tensor(served, dtype=torch.float64)).abs()
+                metrics["weights/served_logprob_gap"] = gap.max().item()
+                if gap.max() > (0.5 if self.config.model.bf16 else 1e-3):
+                    logger.warning(
+                        "trainer and server disagree on log-probabilities of the same tokens by up to %.2g nats", gap.max()
+                    )
+        return metrics
+
+    def _evaluate(self) -> dict[str, Any] | None:
+        with self.clock("evaluate"):
+            return run_on_rank_zero(lambda: self.world.evaluate(), self.handout_group)
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        if self.reporter:
+            times = {f"time/{stage}_s": seconds for stage, seconds in self.clock.lap().items()}
+            self.reporter.report(self.progress.iteration, self.progress.step, metrics | times)
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.progress.iteration % interval == 0
+
+
+def _evaluation_tags(task: str, result: dict[str, Any] | None) -> dict[str, float]:
+    if result is None:
+        return {}
+    return {f"eval/{task}/{key}": value for key, value in result.items() if key.startswith(("avg@", "pass@"))}
