@@ -77,7 +77,9 @@ def save(root: Path, student: Student, groups: Groups, progress: dict[str, Any])
         directory.mkdir(parents=True)
     dist.barrier()
     student.wait_for_parameters()
-    dist_checkpointing.save(_sharded_state(student, groups, is_loading=False) | {"progress": progress}, str(directory))
+    state = _sharded_state(student, groups, is_loading=False)
+    state |= {"progress": progress, "settings": _settings(student)}
+    dist_checkpointing.save(state, str(directory))
     dist.barrier()
     if groups.rank == 0:
         temporary = root / f".{TRACKER}.tmp"
@@ -88,8 +90,19 @@ def save(root: Path, student: Student, groups: Groups, progress: dict[str, Any])
 
 
 def load(root: Path, iteration: int, student: Student, groups: Groups) -> dict[str, Any]:
-    """Restore model, optimizer, schedule and random state; return the saved `progress`. Collective over all ranks."""
+    """Restore model, optimizer, schedule and random state; return the saved `progress`. Collective over all ranks.
+
+    Raises:
+        ValueError: the checkpoint was written with settings that its optimizer state depends on.
+    """
     directory = checkpoint_directory(root, iteration)
+    saved = dist_checkpointing.load_common_state_dict(str(directory))["settings"]
+    for flag, value in _settings(student).items():
+        if saved[flag] != value:
+            raise ValueError(
+                f"--{flag} {value}: the checkpoint {directory} was written with {saved[flag]}; go on with that, or "
+                "start anew with another --run-dir"
+            )
     state = dist_checkpointing.load(_sharded_state(student, groups, is_loading=True), str(directory))
     missing = student.gpt.load_state_dict(state["model"], strict=False)
     assert not missing.unexpected_keys, missing
@@ -98,6 +111,16 @@ def load(root: Path, iteration: int, student: Student, groups: Groups) -> dict[s
     student.scheduler.load_state_dict(state["schedule"])
     _set_random_state(state["random"])
     return state["progress"]
+
+
+def _settings(student: Student) -> dict[str, Any]:
+    """What must be the same after a resume, by flag. The grid of ranks may change."""
+    config = student.config
+    return {
+        "use-distributed-optimizer": config.parallel.use_distributed_optimizer,
+        "lora-rank": config.lora.lora_rank,
+        "bf16": config.model.bf16,
+    }
 
 
 def _sharded_state(student: Student, groups: Groups, *, is_loading: bool) -> dict[str, Any]:

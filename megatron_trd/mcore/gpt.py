@@ -66,7 +66,9 @@ def layer_classes(transformer_impl: Literal["auto", "local", "transformer_engine
     Raises:
         ValueError: Transformer Engine is asked for and cannot be used here.
     """
-    usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    found = importlib.util.find_spec("transformer_engine")
+    # An uninstalled package may leave an empty folder behind: importable as a namespace, with nothing in it.
+    usable = torch.cuda.is_available() and found is not None and found.origin is not None
     if transformer_impl == "transformer_engine" and not usable:
         raise ValueError(
             "--transformer-impl transformer_engine: needs CUDA and an installed transformer_engine; use local or auto"

@@ -1,0 +1,131 @@
+"""A resumed run equals an uninterrupted one, also on another grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launch import spawn
+from megatron_trd.config.schema import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+from tiny_models import VOCAB, make_model, make_samples
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), tied=True)
+
+
+def run_steps(rank, world, model, directory, lora_rank, bf16, grid, start, stop, losses):
+    """Steps start..stop on a grid, resuming at `start` and saving at `stop`; rank 0 appends its losses to a file."""
+    from megatron_trd.data.packing import pack
+    from megatron_trd.mcore import checkpoint
+    from megatron_trd.mcore.groups import initialize_groups
+    from megatron_trd.mcore.hf_config import padded_vocab_size, read_hf_model
+    from megatron_trd.mcore.student import Student
+    from megatron_trd.mcore.teacher import build_teacher
+
+    torch.set_num_threads(1)
+    config = Config(
+        model=ModelConfig(hf_checkpoint=model, bf16=bf16),
+        parallel=ParallelConfig(**grid),
+        lora=LoraConfig(lora_rank=lora_rank, lora_alpha=8, lora_dropout=0.1 if lora_rank else 0.0),
+        optimizer=OptimizerConfig(lr=5e-3),
+        data=DataConfig(trajectories="unused"),
+    )
+    groups = initialize_groups(config.parallel, 7, 0)
+    hf = read_hf_model(model, "hf-checkpoint", groups.tp_size)
+    hf = hf.padded_to(padded_vocab_size(VOCAB, 1, groups.tp_size))
+    student = Student(config, groups, hf, total_steps=6, vocab_size=VOCAB, epistemic_ids=[1])
+    teacher = build_teacher(config, groups, student.gpt, hf)
+    root = Path(directory)
+    if start:
+        progress = checkpoint.load(root, start, student, groups)
+        assert progress == {"iteration": start, "note": "kept"}
+    for step in range(start, stop):
+        (batch,) = pack(
+            make_samples(6, seed=step),
+            num_steps=1,
+            dp_size=groups.dp_size,
+            max_tokens=100,
+            length_multiple=groups.tp_size,
+            normalization="sequence",
+        )
+        result = student.train_step(batch[groups.dp_rank], teacher)
+        loss = torch.stack([s["loss"][0] for s in result.sums]).sum()
+        torch.distributed.all_reduce(loss, group=groups.dp)
+        if rank == 0:
+            with open(losses, "a") as file:
+                file.write(f"{loss.item()!r} {result.grad_norm!r} {result.lr!r}\n")
+    checkpoint.save(root, student, groups, {"iteration": stop, "note": "kept"})
+
+
+def numbers(path: Path) -> list[list[float]]:
+    return [[float(x) for x in line.split()] for line in path.read_text().splitlines()]
+
+
+TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+DP2 = dict(use_distributed_optimizer=True)
+OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+
+
+@pytest.mark.parametrize(
+    ("lora_rank", "bf16", "first", "second", "exact"),
+    [
+        (0, False, TP2, TP2, True),
+        (4, False, TP2, TP2, True),
+        (0, False, DP2, DP2, True),
+        (0, True, DP2, DP2, True),
+        (0, False, OVERLAP, OVERLAP, True),
+        (0, False, DP2, {**TP2, **DP2}, False),  # another grid: the same numbers up to rounding
+    ],
+)
+def test_resumed_run_equals_uninterrupted(model, tmp_path, lora_rank, bf16, first, second, exact) -> None:
+    common = (str(model), str(tmp_path / "straight"), lora_rank, bf16)
+    spawn(run_steps, 2, *common, second, 0, 4, str(tmp_path / "straight.txt"), timeout_s=200)
+    common = (str(model), str(tmp_path / "split"), lora_rank, bf16)
+    spawn(run_steps, 2, *common, first, 0, 2, str(tmp_path / "split.txt"), timeout_s=200)
+    spawn(run_steps, 2, *common, second, 2, 4, str(tmp_path / "split.txt"), timeout_s=200)
+    straight, split = numbers(tmp_path / "straight.txt"), numbers(tmp_path / "split.txt")
+    assert len(straight) == len(split) == 4
+    assert straight[0][0] != straight[3][0]
+    if exact:
+        assert straight == split
+    else:
+        torch.testing.assert_close(torch.tensor(split), torch.tensor(straight), rtol=1e-4, atol=1e-7)
+
+
+def test_another_optimizer_layout_is_refused(model, tmp_path) -> None:
+    common = (str(model), str(tmp_path), 0, False)
+    spawn(run_steps, 2, *common, DP2, 0, 1, str(tmp_path / "losses.txt"), timeout_s=200)
+    with pytest.raises(RuntimeError, match="--use-distributed-optimizer False: the checkpoint .* was written with True"):
+        spawn(run_steps, 2, *common, TP2, 1, 2, str(tmp_path / "losses.txt"), timeout_s=200)
+
+
+def test_overlapped_communication_changes_no_number(model, tmp_path) -> None:
+    for name, grid in (("plain", DP2), ("overlap", OVERLAP)):
+        spawn(run_steps, 2, str(model), str(tmp_path / name), 0, False, grid, 0, 3, str(tmp_path / name) + ".txt", timeout_s=200)
+    plain, overlap = numbers(tmp_path / "plain.txt"), numbers(tmp_path / "overlap.txt")
+    torch.testing.assert_close(torch.tensor(overlap), torch.tensor(plain), rtol=1e-6, atol=0)
+
+
+def test_tracker_errors_name_the_remedy(tmp_path) -> None:
+    from megatron_trd.mcore.checkpoint import TRACKER, latest_iteration, resume_point
+
+    assert latest_iteration(tmp_path) is None and resume_point(tmp_path, "auto") is None
+    with pytest.raises(ValueError, match="--resume require"):
+        resume_point(tmp_path, "require")
+    (tmp_path / TRACKER).write_text("7")
+    with pytest.raises(ValueError, match="names checkpoint '7'"):
+        latest_iteration(tmp_path)
+    (tmp_path / "iter_0000007").mkdir()
+    assert resume_point(tmp_path, "require") == 7
+    with pytest.raises(ValueError, match="--resume never"):
+        resume_point(tmp_path, "never")

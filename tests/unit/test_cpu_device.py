@@ -1,0 +1,61 @@
+"""The device shim: what it must not touch, and the choice of layers beside it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from megatron_trd.mcore.cpu_device import use_cpu_where_there_is_no_cuda
+from megatron_trd.mcore.gpt import RMSNorm, layer_classes
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")
+
+
+def test_torch_factories_and_transformers_are_left_alone(tmp_path: Path) -> None:
+    """A wrapped factory makes `from_pretrained` return wrong weights without an error."""
+    path = make_model(tmp_path)
+    factories = {name: getattr(torch, name) for name in ("zeros", "empty", "ones", "full", "arange", "tensor", "randn")}
+    ids = torch.arange(12)[None]
+    before = AutoModelForCausalLM.from_pretrained(path)(ids).logits
+    assert use_cpu_where_there_is_no_cuda() == torch.device("cpu")
+    assert all(getattr(torch, name) is factory for name, factory in factories.items())
+    with torch.device("meta"):
+        assert torch.zeros(1).is_meta
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(path)(ids).logits, before)
+
+
+def test_megatron_finds_its_device_and_random_state() -> None:
+    use_cpu_where_there_is_no_cuda()
+    use_cpu_where_there_is_no_cuda()  # a second time changes nothing
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    assert torch.cuda.current_device() == torch.device("cpu")
+    constants = str(clip_grads.clip_grad_by_total_norm_fp32.__code__.co_consts)
+    assert "torch.FloatTensor" in constants and "cuda" not in constants
+    tracker = megatron_random.CudaRNGStatesTracker()
+    tracker.add("a", 1)
+    torch.manual_seed(5)
+    outside = torch.rand(3)
+    torch.manual_seed(5)
+    with tracker.fork("a"):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), outside), "the fork disturbed the state outside"
+    with tracker.fork("a"):
+        second = torch.rand(3)
+    assert not torch.equal(first, second), "the forked state does not move on"
+    with pytest.raises(KeyError, match="'b'"), tracker.fork("b"):
+        pass
+
+
+def test_a_stale_transformer_engine_folder_is_not_transformer_engine(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert layer_classes("auto").norm is RMSNorm
+    with pytest.raises(ValueError, match="--transformer-impl transformer_engine"):
+        layer_classes("transformer_engine")
