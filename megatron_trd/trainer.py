@@ -39,8 +39,8 @@ PROBE_SEQUENCES = 8
 class World(Protocol):
     """What rank 0 sees outside the trainer: trajectories come in, weights go out."""
 
-    def trajectories(self, iteration: int) -> list[Trajectory]:
-        """Return the trajectories of an iteration."""
+    def trajectories(self, iteration: int, cursor: int) -> list[Trajectory]:
+        """Return one rollout batch, from problem `cursor` on."""
         ...
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> dict[str, float]:
@@ -52,7 +52,11 @@ class World(Protocol):
         ...
 
     def evaluate(self) -> dict[str, Any] | None:
-        """Evaluate the served student; None where there is nothing to evaluate."""
+        """Evaluate the served student, as plain values; None where there is nothing to evaluate."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return the servers' health."""
         ...
 
 
@@ -75,6 +79,8 @@ class Progress:
     iteration: int = 0
     """Finished iterations; also names the weights."""
     step: int = 0
+    cursor: int = 0
+    """Next problem to draw."""
     consumed_samples: int = 0
     before: dict[str, Any] | None = None
     """Evaluation before training."""
@@ -147,7 +153,7 @@ class Trainer:
         samples: list[Sample] = []
 
         def prepare() -> Handout:
-            trajectories = self.world.trajectories(self.progress.iteration)
+            trajectories = self.world.trajectories(self.progress.iteration, self.progress.cursor)
             metrics.update(summarize(trajectories))
             samples.extend(self._samples(trajectories, metrics))
             return self._pack(trajectories, samples)
@@ -160,6 +166,7 @@ class Trainer:
         with self.clock("train"):
             metrics |= self._train(handout)
         self.progress.iteration += 1
+        self.progress.cursor += self.config.data.rollout_batch_size
         self.progress.consumed_samples += handout.num_samples
         if self.progress.iteration == 1:
             self.progress.first = dict(metrics)
@@ -256,7 +263,7 @@ class Trainer:
             for _ in weights:
                 pass
         else:
-            metrics = self.world.publish(weights, self.progress.weight_version)
+            metrics = self.world.publish(weights, self.progress.weight_version) | self.world.metrics()
         if probe is not None:
             ours = self.student.response_logprobs(probe)
             served = self.world.served_logprobs(samples) if self.world else None
@@ -265,7 +272,8 @@ class Trainer:
                 metrics["weights/served_logprob_gap"] = gap.max().item()
                 if gap.max() > (0.5 if self.config.model.bf16 else 1e-3):
                     logger.warning(
-                        "trainer and server disagree on log-probabilities of the same tokens by up to %.2g nats", gap.max()
+                        "trainer and server disagree on log-probabilities of the same tokens by up to %.2g nats",
+                        gap.max(),
                     )
         return metrics
 

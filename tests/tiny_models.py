@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from megatron_trd.records import Sample
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_trd.records import Sample
 
 VOCAB = 91
 
 
-def make_model(path: Path, *, family: str = "qwen3", hidden: int = 64, layers: int = 2, tied: bool = True, seed: int = 0):
+def make_model(
+    path: Path, *, family: str = "qwen3", hidden: int = 64, layers: int = 2, tied: bool = True, seed: int = 0
+):
     """Write a model whose weights are large enough that attention and output distributions are peaked."""
     torch.manual_seed(seed)
     extra = {"head_dim": 32} if family == "qwen3" else {}

@@ -43,11 +43,13 @@ class ModelConfig:
     teacher_hf_checkpoint: str | None = None
     """Hugging Face directory of the OPD teacher. Same tokenizer; width, depth and vocabulary padding may differ."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layers of the transformer: Megatron's own (`local`), Transformer Engine's, or `auto`: the latter where it imports."""
+    """Layers of the transformer: Megatron's own (`local`), Transformer Engine's, or `auto`: the latter where
+    it imports."""
     bf16: bool = True
     """Train in bf16 with fp32 main weights; `--no-bf16` trains in fp32."""
     make_vocab_size_divisible_by: int = 1
-    """Vocabulary rows are padded to a multiple of this times the tensor-parallel size. Padding never enters the loss."""
+    """Vocabulary rows are padded to a multiple of this times the tensor-parallel size. Padding never enters
+    the loss."""
     recompute_granularity: Literal["none", "full"] = "none"
     """`full`: recompute each layer's activations in the backward pass."""
     recompute_num_layers: int = 1
@@ -129,7 +131,8 @@ class ObjectiveConfig:
     """The per-token divergence between teacher p and student q, and how tokens are weighted."""
 
     divergence: Literal["forward-kl", "reverse-kl", "jsd", "mixed"] = "forward-kl"
-    """`forward-kl` = KL(p||q); `reverse-kl` = KL(q||p); `jsd`: see `--beta`; `mixed` = beta KL(p||q) + (1-beta) KL(q||p)."""
+    """`forward-kl` = KL(p||q); `reverse-kl` = KL(q||p); `jsd`: see `--beta`; `mixed` = beta KL(p||q) +
+    (1-beta) KL(q||p)."""
     beta: float = 0.5
     """Weight in `jsd` = beta KL(p||m) + (1-beta) KL(q||m) with m = beta p + (1-beta) q, and in `mixed`."""
     distill_temperature: float = 1.0
@@ -137,7 +140,8 @@ class ObjectiveConfig:
     teacher_top_k: int = 0
     """Restrict the divergence to the teacher's K most likely tokens; 0 = the full vocabulary."""
     top_k_mode: Literal["renorm_both", "renorm_teacher", "tail_bucket"] = "renorm_both"
-    """With `--teacher-top-k`: renormalise both sides on the support, only the teacher, or add the rest as one bucket."""
+    """With `--teacher-top-k`: renormalise both sides on the support, only the teacher, or add the rest as one
+    bucket."""
     token_clip: float | None = None
     """Cap each token's divergence at this many nats (a capped token has no gradient); unset = no cap."""
     entry_clip: float | None = None
@@ -272,7 +276,8 @@ class RolloutConfig:
     student_urls: tuple[str, ...] = ()
     """Base URLs of the servers that hold the student and receive its new weights."""
     teacher_urls: tuple[str, ...] = ()
-    """Base URLs of the servers that write y_r: the OPD teacher, or the initial weights in OPSD. They are never resynced.
+    """Base URLs of the servers that write y_r: the OPD teacher, or the initial weights in OPSD. They are never
+    resynced.
     Unset in OPSD with `--opsd-teacher current`: the student's servers."""
     rollout_temperature: float = 0.6
     """Sampling temperature of both stages and of evaluation."""
@@ -365,7 +370,8 @@ class CheckpointConfig:
     save_adapter: str | None = None
     """Export the LoRA adapter to this PEFT directory at the end."""
     diagnose_interval: int = 0
-    """Iterations between audits that compare the teacher's signal on y_o and on y_r without training; 0 = only the first
+    """Iterations between audits that compare the teacher's signal on y_o and on y_r without training; 0 = only
+    the first
     iteration; -1 = never."""
 
     def __post_init__(self) -> None:

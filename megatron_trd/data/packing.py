@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_trd.records import Sample
+import itertools
 
 UNKNOWN, INCORRECT, CORRECT = -1, 0, 1
 
@@ -107,7 +108,7 @@ def pack(
     bounds = [len(samples) * step // num_steps for step in range(num_steps + 1)]
     return [
         _pack_step(samples[start:end], dp_size, max_tokens, length_multiple, normalization)
-        for start, end in zip(bounds, bounds[1:], strict=False)
+        for start, end in itertools.pairwise(bounds)
     ]
 
 
@@ -203,6 +204,6 @@ def _pack_stream(sequences: Sequence[tuple[list[int], range]], length_multiple: 
     return PackedStream(
         input_ids=torch.tensor(ids, dtype=torch.int64),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        max_seqlen=max(b - a for a, b in zip(bounds, bounds[1:], strict=False)),
+        max_seqlen=max(b - a for a, b in itertools.pairwise(bounds)),
         response_positions=torch.tensor(positions, dtype=torch.int64),
     )

@@ -131,9 +131,7 @@ def _sharded_state(student: Student, groups: Groups, *, is_loading: bool) -> dic
         model = {key: value for key, value in model.items() if "lora_" in key}
     return {
         "model": model,
-        "optimizer": student.optimizer.sharded_state_dict(
-            {"model": model}, is_loading=is_loading, metadata=metadata
-        ),
+        "optimizer": student.optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, metadata=metadata),
         "schedule": student.scheduler.state_dict(),
         "random": ShardedObject("random", _random_state(), (groups.world_size,), (groups.rank,)),
     }

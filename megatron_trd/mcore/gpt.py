@@ -121,14 +121,18 @@ def block_spec(config: TransformerConfig, classes: LayerClasses, lora: LoraConfi
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=classes.norm)
 
 
-def transformer_config(hf: HFModel, model: ModelConfig, groups: Groups, *, sequence_parallel: bool) -> TransformerConfig:
+def transformer_config(
+    hf: HFModel, model: ModelConfig, groups: Groups, *, sequence_parallel: bool
+) -> TransformerConfig:
     """Translate a Hugging Face config to Megatron's."""
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     recompute: dict[str, Any] = {}
     if model.recompute_granularity == "full":
-        recompute = dict(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=model.recompute_num_layers
-        )
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": model.recompute_num_layers,
+        }
     return TransformerConfig(
         num_layers=hf.geometry.num_layers,
         hidden_size=hf.hidden_size,

@@ -67,7 +67,8 @@ def read_hf_model(path: str | Path, flag: str, tp_size: int) -> HFModel:
             raise ValueError(f"--tensor-model-parallel-size {tp_size}: must divide the {size} {what} of {path}")
     if groups % tp_size and tp_size % groups:
         raise ValueError(
-            f"--tensor-model-parallel-size {tp_size}: must divide, or be a multiple of, the {groups} key-value heads of {path}"
+            f"--tensor-model-parallel-size {tp_size}: must divide, or be a multiple of, the {groups} key-value heads "
+            f"of {path}"
         )
     return HFModel(
         path=path,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_trd.config.schema import LoraConfig
@@ -29,7 +30,9 @@ class SafetensorsDirectory:
             with safe_open(single, "pt") as file:
                 self._file_of = dict.fromkeys(file.keys(), single)
         else:
-            raise ValueError(f"{path}: no model.safetensors(.index.json) there; give a directory with safetensors weights")
+            raise ValueError(
+                f"{path}: no model.safetensors(.index.json) there; give a directory with safetensors weights"
+            )
         self._path = path
 
     def __getitem__(self, name: str) -> Tensor:
@@ -93,9 +96,12 @@ def export_adapter(model: HiddenStatesGPT, groups: Groups) -> Iterator[tuple[str
             yield f"{name}.lora_B.weight", b
 
 
-def adapter_config(lora: LoraConfig, base: Path) -> dict[str, object]:
-    """Return the content of PEFT's `adapter_config.json`."""
-    return {
+def write_adapter(tensors: dict[str, Tensor], directory: str | Path, lora: LoraConfig, base: Path) -> None:
+    """Write a PEFT adapter directory."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.cpu().clone() for k, v in tensors.items()}, directory / "adapter_model.safetensors")
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
@@ -106,6 +112,7 @@ def adapter_config(lora: LoraConfig, base: Path) -> dict[str, object]:
         "bias": "none",
         "fan_in_fan_out": False,
     }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _rows(model: HiddenStatesGPT) -> Iterator[Row]:

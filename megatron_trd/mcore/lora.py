@@ -44,7 +44,7 @@ class LoRALinear(torch.nn.Module):
 
     def _add_adapter(self, in_features: int, out_features: int, split: dict[str, int]) -> None:
         rank, weight = self.lora.lora_rank, self.weight
-        kwargs = dict(dtype=weight.dtype, device=weight.device)
+        kwargs = {"dtype": weight.dtype, "device": weight.device}
         self.lora_a = torch.nn.Parameter(torch.empty(rank, in_features, **kwargs))
         self.lora_b = torch.nn.Parameter(torch.zeros(out_features, rank, **kwargs))
         self.lora_scale = self.lora.lora_alpha / rank

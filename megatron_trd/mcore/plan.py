@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_trd.config.schema import Config
-from megatron_trd.mcore.hf_config import HFModel, common_padding, read_hf_model
+from megatron_trd.mcore.hf_config import HFModel
 from megatron_trd.mcore.layouts import ADAPTED
 
 
@@ -23,7 +23,7 @@ class MemoryPlan:
         return "\n".join(f"  {name:<32} {size / 2**30:10.3f} GiB" for name, size in rows)
 
 
-def memory_plan(config: Config, world_size: int) -> MemoryPlan:
+def memory_plan(config: Config, student: HFModel, teacher: HFModel, world_size: int) -> MemoryPlan:
     """Estimate one rank's fixed memory.
 
     Weights, gradients (fp32), AdamW's two moments and, in bf16, the fp32 main weights; the teacher where it needs a
@@ -31,13 +31,6 @@ def memory_plan(config: Config, world_size: int) -> MemoryPlan:
     """
     tp = config.parallel.tensor_model_parallel_size
     dp = max(1, world_size // tp)
-    teacher_path = config.model.teacher_hf_checkpoint or config.model.hf_checkpoint
-    student, teacher = common_padding(
-        read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", tp),
-        read_hf_model(teacher_path, "teacher-hf-checkpoint", tp),
-        config.model.make_vocab_size_divisible_by,
-        tp,
-    )
     weight = 2 if config.model.bf16 else 4
     base = num_parameters(student)
     rank = config.lora.lora_rank

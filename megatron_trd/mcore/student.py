@@ -10,7 +10,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from trd_kernels import linear_kl_div
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.packing import MicroBatch
@@ -23,6 +22,7 @@ from megatron_trd.mcore.response import pad_rows, response_rows
 from megatron_trd.mcore.teacher import Teacher
 from megatron_trd.objectives.diagnostics import Sums, diagnostic_sums
 from megatron_trd.objectives.loss import distillation_loss
+from trd_kernels import linear_kl_div
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,14 @@ class Student:
     """Owns the trained model, its gradient buffers, optimizer and schedule."""
 
     def __init__(
-        self, config: Config, groups: Groups, hf: HFModel, *, total_steps: int, vocab_size: int, epistemic_ids: Sequence[int]
+        self,
+        config: Config,
+        groups: Groups,
+        hf: HFModel,
+        *,
+        total_steps: int,
+        vocab_size: int,
+        epistemic_ids: Sequence[int],
     ) -> None:
         """Build the model on its Hugging Face weights. Collective over all ranks.
 

@@ -12,6 +12,7 @@ from math import exp
 
 import torch
 from torch import Tensor
+
 from trd_kernels import LinearKLDivOutput
 
 NAMES = (

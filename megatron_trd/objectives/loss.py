@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor
-from trd_kernels import LinearKLDivOutput, linear_kl_div
 
 from megatron_trd.config.schema import ObjectiveConfig
+from trd_kernels import LinearKLDivOutput, linear_kl_div
 
 STATISTICS = (
     "student_logprob",

@@ -31,7 +31,9 @@ def require_same_vocabulary(
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     lines = []
-    for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (min(ours.get(t, 1 << 40), theirs.get(t, 1 << 40)), t)):
+    for token in sorted(
+        ours.keys() | theirs.keys(), key=lambda t: (min(ours.get(t, 1 << 40), theirs.get(t, 1 << 40)), t)
+    ):
         if ours.get(token) != theirs.get(token):
             lines.append(f"  {token!r}: student {ours.get(token, 'absent')}, teacher {theirs.get(token, 'absent')}")
     if student.eos_token_id != teacher.eos_token_id:

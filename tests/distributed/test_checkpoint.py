@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from launch import spawn
 from megatron_trd.config.schema import (
     Config,
@@ -71,9 +72,9 @@ def numbers(path: Path) -> list[list[float]]:
     return [[float(x) for x in line.split()] for line in path.read_text().splitlines()]
 
 
-TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
-DP2 = dict(use_distributed_optimizer=True)
-OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+DP2 = {"use_distributed_optimizer": True}
+OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
 @pytest.mark.parametrize(
@@ -105,13 +106,27 @@ def test_resumed_run_equals_uninterrupted(model, tmp_path, lora_rank, bf16, firs
 def test_another_optimizer_layout_is_refused(model, tmp_path) -> None:
     common = (str(model), str(tmp_path), 0, False)
     spawn(run_steps, 2, *common, DP2, 0, 1, str(tmp_path / "losses.txt"), timeout_s=200)
-    with pytest.raises(RuntimeError, match="--use-distributed-optimizer False: the checkpoint .* was written with True"):
+    with pytest.raises(
+        RuntimeError, match="--use-distributed-optimizer False: the checkpoint .* was written with True"
+    ):
         spawn(run_steps, 2, *common, TP2, 1, 2, str(tmp_path / "losses.txt"), timeout_s=200)
 
 
 def test_overlapped_communication_changes_no_number(model, tmp_path) -> None:
     for name, grid in (("plain", DP2), ("overlap", OVERLAP)):
-        spawn(run_steps, 2, str(model), str(tmp_path / name), 0, False, grid, 0, 3, str(tmp_path / name) + ".txt", timeout_s=200)
+        spawn(
+            run_steps,
+            2,
+            str(model),
+            str(tmp_path / name),
+            0,
+            False,
+            grid,
+            0,
+            3,
+            str(tmp_path / name) + ".txt",
+            timeout_s=200,
+        )
     plain, overlap = numbers(tmp_path / "plain.txt"), numbers(tmp_path / "overlap.txt")
     torch.testing.assert_close(torch.tensor(overlap), torch.tensor(plain), rtol=1e-6, atol=0)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+
 from launch import spawn
 from megatron_trd.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from safetensors.torch import load_file
 from tiny_models import VOCAB, make_model, make_samples
 
 MODELS = [("qwen3", True), ("qwen3", False), ("qwen2", True), ("llama", False)]

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+
 from launch import spawn
 from megatron_trd.config.schema import (
     Config,
@@ -23,7 +25,6 @@ from megatron_trd.config.schema import (
     ObjectiveConfig,
     ParallelConfig,
 )
-from safetensors.torch import load_file
 from tiny_models import VOCAB, make_model, make_samples
 
 OBJECTIVES = {

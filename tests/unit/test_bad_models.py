@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from megatron_trd.mcore.hf_config import read_hf_model
 from megatron_trd.mcore.hf_weights import SafetensorsDirectory
 from megatron_trd.rollout.vocabulary import epistemic_token_ids, load_tokenizer, require_same_vocabulary
 from tiny_models import make_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+
 from megatron_trd.data.packing import lay_out, pack, pack_in_order
 from megatron_trd.records import Sample
 from tiny_models import make_samples
@@ -21,7 +22,9 @@ def test_each_response_token_is_predicted_by_the_position_before_it() -> None:
 
 
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
-@pytest.mark.parametrize(("dp_size", "max_tokens", "num_steps", "multiple"), [(1, 1000, 1, 1), (2, 40, 2, 4), (3, 25, 1, 2)])
+@pytest.mark.parametrize(
+    ("dp_size", "max_tokens", "num_steps", "multiple"), [(1, 1000, 1, 1), (2, 40, 2, 4), (3, 25, 1, 2)]
+)
 def test_every_token_lands_once_with_its_weight(normalization, dp_size, max_tokens, num_steps, multiple) -> None:
     samples = make_samples(9)
     steps = pack(
@@ -41,15 +44,17 @@ def test_every_token_lands_once_with_its_weight(normalization, dp_size, max_toke
         tokens_in_step = sum(m.response_ids.numel() for m in batches)
         assert sum(m.token_weight.double().sum().item() for m in batches) == pytest.approx(1.0, abs=1e-6)
         for m in batches:
-            assert m.num_sequences <= 1 or max(s.input_ids.numel() for s in (m.student, m.teacher)) < max_tokens + multiple
+            assert (
+                m.num_sequences <= 1 or max(s.input_ids.numel() for s in (m.student, m.teacher)) < max_tokens + multiple
+            )
             for stream in (m.student, m.teacher):
                 assert stream.input_ids.numel() % multiple == 0 and stream.cu_seqlens[-1] == stream.input_ids.numel()
                 assert stream.max_seqlen == (stream.cu_seqlens[1:] - stream.cu_seqlens[:-1]).max()
             found += list(unpack(m))
-        expected = {"sequence": lambda n: Fraction(1, in_step * n), "token": lambda n: Fraction(1, tokens_in_step)}
         for m in batches:
             for sample, weights in unpack(m):
-                want = float(expected[normalization](len(sample.response_ids)))
+                in_sequence = Fraction(1, in_step * len(sample.response_ids))
+                want = float(in_sequence if normalization == "sequence" else Fraction(1, tokens_in_step))
                 torch.testing.assert_close(weights, torch.full_like(weights, want))
     key = lambda s: (s.student_prompt_ids, s.teacher_prompt_ids, s.response_ids)  # noqa: E731
     assert sorted(key(s) for s, _ in found) == sorted(key(s) for s in samples)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# TRD end to end on a bare CPU machine: servers, rollouts, Megatron training, weight resync, evaluation.
+#
+#   bash examples/quickstart_cpu/run.sh                          # OPSD along y_r: the method
+#   bash examples/quickstart_cpu/run.sh --compare                # TRD, forward KL and reverse KL side by side
+#   bash examples/quickstart_cpu/run.sh --mode opd --divergence jsd   # any flag of the trainer
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+venv="$(bash "$root/tools/setup_env.sh")"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+exec "$venv/bin/python" "$root/examples/quickstart_cpu/quickstart.py" "$@"

@@ -1,0 +1,9 @@
+"""Fused losses for distillation over a sharded vocabulary. Needs torch alone."""
+
+from __future__ import annotations
+
+from trd_kernels.linear_divergence import LinearKLDivLoss, linear_kl_div
+from trd_kernels.output import LinearKLDivOutput
+from trd_kernels.reference import linear_kl_div_reference
+
+__all__ = ["LinearKLDivLoss", "LinearKLDivOutput", "linear_kl_div", "linear_kl_div_reference"]

@@ -1,0 +1,174 @@
+"""SGLang's `/generate` wire: JSON bodies to requests of the embedded engine, and back."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_trd.rollout.embedded_batch import Request
+from megatron_trd.rollout.embedded_engine import EmbeddedEngine
+
+_NEUTRAL: dict[str, Any] = {
+    "min_p": 0.0,
+    "stop": None,
+    "stop_regex": None,
+    "min_new_tokens": 0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "json_schema": None,
+    "regex": None,
+    "ebnf": None,
+    "structural_tag": None,
+    "logit_bias": None,
+    "custom_params": None,
+    "beam_width": None,
+    "watermark": None,
+}
+"""Sampling keys of SGLang that this server knows only at their neutral value."""
+_IGNORED = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval"}
+_OWN = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos", "n", "sampling_seed"}
+
+
+def parse_generate(body: Any, engine: EmbeddedEngine) -> tuple[list[Request], bool]:
+    """Turn a `/generate` body into requests, in prompt-major order, and say whether to answer with a list.
+
+    Raises:
+        ValueError: what SGLang answers with HTTP 400, and token ids outside the vocabulary.
+    """
+    if not isinstance(body, Mapping):
+        raise ValueError("the body must be a JSON object")
+    text, ids = body.get("text"), body.get("input_ids")
+    if (text is None) == (ids is None):
+        raise ValueError("Either text or input_ids should be provided.")
+    if body.get("stream"):
+        raise ValueError("stream is not supported by the embedded server")
+    source = ids if text is None else text
+    is_batch = isinstance(source, list) and bool(source) and (text is not None or isinstance(source[0], list))
+    prompts = source if is_batch else [source]
+    settings, rids = body.get("sampling_params") or {}, body.get("rid")
+    if not isinstance(settings, list):
+        settings = [settings] * len(prompts)
+    if len(settings) != len(prompts):
+        raise ValueError(f"{len(settings)} sampling_params for {len(prompts)} prompts")
+    requests: list[Request] = []
+    for i, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
+        token_ids = engine.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        rid = rids[i] if isinstance(rids, list) and i < len(rids) else rids if not is_batch else None
+        requests += _parse_one(token_ids, setting, rid, body, engine)
+    return requests, is_batch or len(requests) > 1
+
+
+def _parse_one(
+    ids: Any, sampling: Any, rid: Any, body: Mapping[str, Any], engine: EmbeddedEngine
+) -> list[Request]:
+    """Validate one prompt; return its `n` requests."""
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < engine.vocab_size for i in ids):
+        raise ValueError(f"input_ids must be a non-empty list of integers in [0, {engine.vocab_size})")
+    values = _parse_sampling(sampling)
+    max_new_tokens = values["max_new_tokens"]
+    if len(ids) + max_new_tokens > engine.context_length:
+        raise ValueError(
+            f"Requested token count exceeds the model's maximum context length of {engine.context_length} tokens. "
+            f"You requested a total of {len(ids) + max_new_tokens} tokens: {len(ids)} tokens from the input messages "
+            f"and {max_new_tokens} tokens for the completion."
+        )
+    start = body.get("logprob_start_len")
+    start = -1 if start is None or not body.get("return_logprob") else start
+    if type(start) is not int or not -1 <= start < len(ids):
+        raise ValueError(f"logprob_start_len must lie in [-1, {len(ids)}), not {start}")
+    seed, num = values["sampling_seed"], values["n"]
+    stop_ids = frozenset() if values["ignore_eos"] else engine.eos_ids | frozenset(values["stop_token_ids"] or ())
+    return [
+        Request(
+            rid=rid if isinstance(rid, str) and num == 1 else uuid.uuid4().hex,
+            prompt_ids=ids,
+            max_new_tokens=max_new_tokens,
+            temperature=values["temperature"],
+            top_p=values["top_p"],
+            top_k=values["top_k"],
+            seed=secrets.randbits(63) if seed is None else seed + i,
+            stop_ids=stop_ids,
+            logprob_start=start,
+        )
+        for i in range(num)
+    ]
+
+
+def _parse_sampling(sampling: Any) -> dict[str, Any]:
+    if not isinstance(sampling, Mapping):
+        raise ValueError("sampling_params must be a JSON object")
+    unknown = sampling.keys() - _OWN - _IGNORED - _NEUTRAL.keys()
+    if unknown:
+        raise ValueError(f"unknown sampling parameter: {', '.join(sorted(unknown))}")
+    for key in sampling.keys() & _NEUTRAL.keys():
+        if sampling[key] != _NEUTRAL[key] and sampling[key] is not None:
+            raise ValueError(f"{key}={sampling[key]!r} is not supported by the embedded server")
+    values = {
+        "max_new_tokens": 128,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "stop_token_ids": None,
+        "ignore_eos": False,
+        "n": 1,
+        "sampling_seed": None,
+    } | {key: value for key, value in sampling.items() if key in _OWN}
+    for key, ok, rule in (
+        ("max_new_tokens", _is_int(values["max_new_tokens"], 0), "an integer of at least 0"),
+        ("temperature", _is_number(values["temperature"]) and values["temperature"] >= 0, "a non-negative number"),
+        ("top_p", _is_number(values["top_p"]) and 0 < values["top_p"] <= 1, "in (0, 1]"),
+        ("top_k", values["top_k"] == -1 or _is_int(values["top_k"], 1), "-1 or an integer of at least 1"),
+        ("n", _is_int(values["n"], 1), "an integer of at least 1"),
+        ("ignore_eos", isinstance(values["ignore_eos"], bool), "true or false"),
+        ("sampling_seed", values["sampling_seed"] is None or type(values["sampling_seed"]) is int, "an integer"),
+        ("stop_token_ids", _is_id_list(values["stop_token_ids"]), "a list of integers"),
+    ):
+        if not ok:
+            raise ValueError(f"{key} must be {rule}, got {values[key]!r}.")
+    return values
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_id_list(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(type(i) is int for i in value))
+
+
+def render(request: Request, engine: EmbeddedEngine, return_logprob: bool) -> dict[str, Any]:
+    """Return SGLang's answer for a finished request."""
+    reason = request.finish_reason
+    assert reason is not None, "an unfinished request has no answer"
+    shown = request.token_ids[:-1] if reason["type"] == "stop" else request.token_ids
+    meta: dict[str, Any] = {
+        "id": request.rid,
+        "finish_reason": reason,
+        "prompt_tokens": len(request.prompt_ids),
+        "completion_tokens": len(request.token_ids),
+        "cached_tokens": 0,
+        "weight_version": engine.weight_version,
+        "weight_versions": request.version_spans,
+        "num_retractions": request.num_retractions,
+    }
+    if return_logprob:
+        meta["input_token_logprobs"] = _pairs(request.input_logprobs, request.prompt_ids[request.logprob_start :])
+        meta["output_token_logprobs"] = _pairs(request.logprobs, request.token_ids)
+        meta["output_token_logprobs_length"] = len(request.token_ids)
+    return {
+        "text": engine.tokenizer.decode(shown, skip_special_tokens=True),
+        "output_ids": request.token_ids,
+        "meta_info": meta,
+    }
+
+
+def _pairs(logprobs: Sequence[float | None], ids: Sequence[int]) -> list[list[Any]]:
+    return [[logprob, token_id, None] for logprob, token_id in zip(logprobs, ids, strict=False)]

@@ -1,0 +1,112 @@
+"""Rank 0's view of the world outside the trainer: trajectories come in, weights go out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_trd.config.schema import Config
+from megatron_trd.data.source import ProblemSource
+from megatron_trd.log import get_logger
+from megatron_trd.records import Sample, Trajectory
+from megatron_trd.rollout.evaluation import EvalResult, evaluate
+from megatron_trd.rollout.refine import RolloutRunner, build_runner
+from megatron_trd.rollout.renderer import build_renderer
+from megatron_trd.rollout.sglang import SGLangFleet, connect
+from megatron_trd.rollout.trajectory_file import TrajectoryFile
+from megatron_trd.tasks.base import Task
+from megatron_trd.weight_sync.base import WeightSync
+from megatron_trd.weight_sync.disk import DiskWeightSync
+
+logger = get_logger(__name__)
+
+
+class World:
+    """Servers and files behind plain calls: owns the event loop that the clients live in.
+
+    Trajectories come from the student's and the teacher's servers, or from a file (the offline recipe). Servers are
+    optional then; with them, weights are still published and evaluation still runs.
+    """
+
+    def __init__(self, config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Connect to every server and wait until all answer."""
+        self._config, self._task = config, task
+        self._loop = asyncio.new_event_loop()
+        self._open = AsyncExitStack()
+        self.student: SGLangFleet | None = None
+        self._runner: RolloutRunner | None = None
+        self._sync: WeightSync | None = None
+        self._recorded: list[Trajectory] = []
+        self._renderer = build_renderer(config, task, tokenizer)
+        self._loop.run_until_complete(self._connect())
+
+    async def _connect(self) -> None:
+        config, rollout = self._config, self._config.rollout
+        if rollout.student_urls:
+            self.student = await self._open.enter_async_context(connect(rollout, rollout.student_urls))
+            await self.student.wait_healthy()
+            sync = config.weight_sync
+            self._sync = DiskWeightSync(
+                sync.weight_sync_dir or Path(config.checkpoint.run_dir) / "weights",
+                config.model.hf_checkpoint,
+                self.student,
+                timeout_s=sync.weight_sync_timeout_s,
+            )
+        if config.data.trajectories is not None:
+            self._recorded = TrajectoryFile(config.data.trajectories).read()
+            return
+        refiner = self.student
+        if rollout.teacher_urls:
+            refiner = await self._open.enter_async_context(connect(rollout, rollout.teacher_urls))
+            await refiner.wait_healthy()
+        self._runner = build_runner(config, self._task, self._renderer, self.student, refiner)
+
+    def trajectories(self, iteration: int, cursor: int) -> list[Trajectory]:
+        """Return one rollout batch that starts at problem (or recorded trajectory) `cursor`."""
+        batch_size = self._config.data.rollout_batch_size
+        if self._runner is None:
+            return [self._recorded[i % len(self._recorded)] for i in range(cursor, cursor + batch_size)]
+        problems = ProblemSource(self._task, batch_size, cursor).draw()
+        return self._loop.run_until_complete(self._runner.run(problems, iteration))
+
+    def publish(self, weights: Iterable[tuple[str, Tensor]], version: str) -> dict[str, float]:
+        """Bring weights to the student's servers; return metrics. Exhausts `weights`."""
+        if self._sync is None:
+            for _ in weights:  # making them is collective: the other ranks count on it
+                pass
+            return {}
+        return self._loop.run_until_complete(self._sync.publish(weights, version)).metrics()
+
+    def served_logprobs(self, samples: Sequence[Sample]) -> list[float] | None:
+        """Return the served student's log-probability of every response token at T = 1; None without servers."""
+        if self.student is None:
+            return None
+
+        async def score(fleet: SGLangFleet) -> list[tuple[float, ...]]:
+            return await asyncio.gather(*(fleet.score(s.student_prompt_ids, s.response_ids) for s in samples))
+
+        return [lp for sequence in self._loop.run_until_complete(score(self.student)) for lp in sequence]
+
+    def evaluate(self) -> EvalResult | None:
+        """Sample held-out problems from the served student; None without servers or problems."""
+        settings = self._config.eval
+        if self.student is None or settings.eval_num_problems == 0:
+            return None
+        return self._loop.run_until_complete(evaluate(self.student, self._renderer, self._task, self._config))
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._loop.run_until_complete(self._open.aclose())
+        self._loop.close()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the health of the student's servers."""
+        if self.student is None:
+            return {}
+        ready = sum(server.state.value == "ready" for server in self.student.servers)
+        return {"server/ready": float(ready), "server/retries": float(self.student.num_retries)}

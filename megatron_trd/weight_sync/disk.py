@@ -1,0 +1,192 @@
+"""Weights by way of a directory that trainer and servers share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_trd.log import get_logger
+from megatron_trd.weight_sync.base import ServerError, SyncReport, WeightServer, WeightServers
+
+logger = get_logger(__name__)
+
+MAX_SHARD_BYTES = 2 << 30
+CONTINUE_TIMEOUT_S = 10.0
+_INDEX = "model.safetensors.index.json"
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
+
+
+class DiskWeightSync:
+    """Writes each version to its own directory and has every server load it."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        template_dir: str | Path,
+        servers: WeightServers,
+        *,
+        timeout_s: float = 600.0,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        num_kept: int = 2,
+    ) -> None:
+        """Remember where and to whom.
+
+        Args:
+            directory: seen under the same path by the trainer and by all servers.
+            template_dir: Hugging Face directory whose config and tokenizer accompany the weights.
+            timeout_s: deadline for one server to take one version.
+            num_kept: versions kept in `directory`.
+        """
+        self.directory, self.template_dir, self.servers = Path(directory).resolve(), Path(template_dir), servers
+        self.timeout_s, self.max_shard_bytes, self.num_kept = timeout_s, max_shard_bytes, num_kept
+
+    async def publish(self, weights: Iterable[tuple[str, Tensor]], version: str) -> SyncReport:
+        """Write, then update all servers at once; see `WeightSync.publish`."""
+        if Path(version).name != version or version.startswith("."):
+            raise ValueError(f"weight version {version!r}: must be a plain file name")
+        start = time.monotonic()
+        destination = self.directory / version
+        num_bytes = write_hf_directory(weights, destination, self.template_dir, max_shard_bytes=self.max_shard_bytes)
+        written = time.monotonic()
+        self.servers.begin_update(version)
+        failures: dict[str, str] = {}
+        try:
+            reasons = await asyncio.gather(*(self._update(s, destination, version) for s in self.servers.servers))
+            failures = {s.url: r for s, r in zip(self.servers.servers, reasons, strict=True) if r is not None}
+        finally:
+            self.servers.end_update(version, failures)
+        for url, reason in failures.items():
+            logger.warning("%s did not take weights %s and is out of use until it does: %s", url, version, reason)
+        if failures and len(failures) == len(reasons):
+            raise ServerError(f"no server took weights {version}: " + "; ".join(failures.values()))
+        self._prune(destination)
+        return SyncReport(
+            version=version,
+            num_bytes=num_bytes,
+            seconds=time.monotonic() - start,
+            write_seconds=written - start,
+            failures=failures,
+        )
+
+    async def _update(self, server: WeightServer, path: Path, version: str) -> str | None:
+        """Update one server and set it going again whatever happens; return why it failed."""
+        deadline = time.monotonic() + self.timeout_s
+        trouble: str | None = None
+
+        def left() -> float:
+            return max(0.1, deadline - time.monotonic())
+
+        try:
+            try:
+                await server.pause("retract", left())
+                await server.flush(left())
+                await server.update_weights_from_disk(str(path), version, left())
+            except ServerError as error:
+                trouble = str(error)
+            finally:
+                await server.continue_(CONTINUE_TIMEOUT_S)
+            served = await server.read_weight_version(CONTINUE_TIMEOUT_S)
+        except ServerError as error:
+            return trouble or str(error)
+        return trouble or (None if served == version else f"{server.url} says it holds weights {served!r}")
+
+    def _prune(self, newest: Path) -> None:
+        versions = sorted(
+            (path for path in self.directory.iterdir() if path.is_dir() and (path / "config.json").is_file()),
+            key=lambda path: path.stat().st_mtime_ns,
+        )
+        for path in versions[: -self.num_kept]:
+            if path != newest:
+                shutil.rmtree(path)
+
+
+def write_hf_directory(
+    weights: Iterable[tuple[str, Tensor]],
+    destination: str | Path,
+    template_dir: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Write a complete Hugging Face model directory that appears under its name only when all of it is on disk.
+
+    Args:
+        weights: Hugging Face names and whole tensors; a tensor must not change before the iterator is exhausted.
+        destination: replaced if it exists.
+        template_dir: directory whose config, tokenizer and chat template are copied.
+        max_shard_bytes: a file is closed before it would grow beyond this; one tensor may be larger.
+
+    Returns:
+        The bytes of all tensors.
+    """
+    destination = Path(destination)
+    partial = destination.parent / f".tmp-{destination.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    dtypes: set[str] = set()
+    pending_bytes = num_bytes = 0
+
+    def close_shard() -> None:
+        save_file(pending, partial / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in weights:
+        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
+            close_shard()
+            pending_bytes = 0
+        pending[name] = tensor.detach().cpu().contiguous()
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        pending_bytes += tensor.nbytes
+        num_bytes += tensor.nbytes
+    close_shard()
+    _name_shards(partial, shards, num_bytes)
+    _copy_template(Path(template_dir), partial, dtypes)
+    for path in (*partial.iterdir(), partial):
+        _fsync(path)
+    shutil.rmtree(destination, ignore_errors=True)
+    partial.rename(destination)
+    _fsync(destination.parent)
+    return num_bytes
+
+
+def _name_shards(directory: Path, shards: list[list[str]], num_bytes: int) -> None:
+    if len(shards) == 1:
+        (directory / "0.part").rename(directory / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"{i}.part").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_template(template: Path, directory: Path, dtypes: set[str]) -> None:
+    """Copy config and tokenizer; the config names the dtype that the weights really have."""
+    for source in sorted({path for pattern in _COPIED for path in template.glob(pattern)}):
+        if not source.name.endswith(".index.json"):
+            shutil.copyfile(source, directory / source.name)
+    config = json.loads((template / "config.json").read_text())
+    if len(dtypes) == 1:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtypes.pop()
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
