@@ -12,22 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron_trd.config.schema import Config
+from megatron_trd.rollout.evaluation import paired_difference
 
 OUTCOMES = ("pass_pass", "pass_fail", "fail_pass", "fail_fail")
 
 
 def summarize_run(
-    config: Config,
-    progress: Any,
-    after: Mapping[str, Any] | None,
-    difference: Mapping[str, Any] | None,
+    config: Config, progress: Any, seconds: Mapping[str, float], after: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Collect what a run measured; what was not measured is absent, never zero.
 
     Args:
         progress: the trainer's `Progress` at the end.
+        seconds: wall-clock of each stage since the run began.
         after: final evaluation; `progress.before` is the first one.
-        difference: paired difference between the two, with its interval.
     """
     first = progress.first
     summary: dict[str, Any] = {
@@ -37,14 +35,14 @@ def summarize_run(
         "consumed_samples": progress.consumed_samples,
         "before": progress.before,
         "after": after,
-        "difference": difference,
+        "difference": paired_difference(progress.before, after) if progress.before and after else None,
         "y_o_pass": first.get("rollout/y_o_pass"),
         "y_r_pass": first.get("rollout/y_r_pass"),
         "outcomes": {name: int(first[f"rollout/{name}"]) for name in OUTCOMES if f"rollout/{name}" in first},
         "epistemic_mass": {
             which: first[tag] for which in ("y_o", "y_r") if (tag := f"audit/{which}/epistemic_mass") in first
         },
-        "seconds": {stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
+        "seconds": {stage: round(spent, 2) for stage, spent in seconds.items()},
         "tensorboard": str(Path(config.checkpoint.run_dir) / "tensorboard"),
     }
     return {key: value for key, value in summary.items() if value not in (None, {})}

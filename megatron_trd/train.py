@@ -1,36 +1,18 @@
-"""Train: parse, build, run. The composition root, and the only place that knows every concrete class.
+"""Train: parse the command line, then build and run the job.
 
 torchrun --nproc-per-node 2 -m megatron_trd.train --hf-checkpoint DIR --student-urls URL ... [--dry-run]
 """
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-from megatron_trd.config.cli import exit_on_value_error, parse_config, save_resolved, to_yaml
-from megatron_trd.config.schema import Config
-from megatron_trd.data.broadcast import make_handout_group
-from megatron_trd.log import configure, get_logger
-from megatron_trd.mcore import checkpoint, hf_weights
-from megatron_trd.mcore.groups import destroy_groups, initialize_groups
-from megatron_trd.mcore.hf_config import HFModel, common_padding, read_hf_model
-from megatron_trd.mcore.plan import memory_plan
-from megatron_trd.mcore.student import Student
-from megatron_trd.mcore.teacher import build_teacher
-from megatron_trd.metrics import Reporter
-from megatron_trd.report import closing_table, summarize_run
-from megatron_trd.rollout.vocabulary import epistemic_token_ids, load_tokenizer, require_same_vocabulary
-from megatron_trd.rollout.world import World
+from megatron_trd.config.cli import exit_on_value_error, parse_config
+from megatron_trd.log import configure
 from megatron_trd.tasks import TASKS
 from megatron_trd.tasks.base import Task
-from megatron_trd.trainer import Trainer
-from megatron_trd.weight_sync.disk import write_hf_directory
 
-logger = get_logger(__name__)
 DRY_RUN = "Print the resolved configuration, the grid of ranks and the memory plan, and stop. Needs no GPU."
 
 
@@ -44,105 +26,13 @@ def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Tas
         )
         if config.data.task not in tasks:
             raise ValueError(f"--task {config.data.task}: unknown; use one of {', '.join(sorted(tasks))}")
+        # Not at the top: the processes that write checkpoints import this module anew, and need none of it.
+        from megatron_trd import job
+
         if extras.dry_run:
-            if rank == 0:
-                print(dry_run(config, world_size))
-            return
-        train(config, tasks[config.data.task](), rank)
-
-
-def dry_run(config: Config, world_size: int) -> str:
-    """Describe a run without starting it."""
-    student, teacher = read_models(config)
-    tp, dp = config.parallel.tensor_model_parallel_size, world_size // config.parallel.tensor_model_parallel_size
-    plan = memory_plan(config, student, teacher, world_size)
-    steps = total_steps(config)
-    return "\n".join(
-        (
-            to_yaml(config),
-            f"ranks: {world_size} = tensor {tp} x data {dp}",
-            f"steps: {steps} ({config.data.num_iterations} iterations)",
-            f"trainable parameters: {plan.trainable_parameters:,}",
-            "memory of one rank:",
-            plan.table(),
-        )
-    )
-
-
-def train(config: Config, task: Task, rank: int) -> None:
-    """Build every part on this rank and run to the end."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core|torch")
-    run_dir = Path(config.checkpoint.run_dir)
-    start = checkpoint.resume_point(run_dir / "checkpoints", config.checkpoint.resume)
-    student_hf, teacher_hf = read_models(config)
-    tokenizer = load_tokenizer(student_hf.path, "hf-checkpoint")
-    if teacher_hf.path != student_hf.path:
-        require_same_vocabulary(tokenizer, load_tokenizer(teacher_hf.path, "teacher-hf-checkpoint"), teacher_hf.path)
-    groups = initialize_groups(config.parallel, config.data.seed, int(os.environ.get("LOCAL_RANK", "0")))
-    handout_group = make_handout_group(config.parallel.rollout_timeout_minutes)
-    world = World(config, task, tokenizer) if rank == 0 else None
-    reporter = Reporter(run_dir, config.data.num_iterations) if rank == 0 else None
-    try:
-        student = Student(
-            config,
-            groups,
-            student_hf,
-            total_steps=total_steps(config),
-            vocab_size=min(student_hf.geometry.vocab_size, teacher_hf.geometry.vocab_size),
-            epistemic_ids=epistemic_token_ids(tokenizer, task.epistemic_words),
-        )
-        teacher = build_teacher(config, groups, student.gpt, teacher_hf)
-        if rank == 0:
-            save_resolved(config, run_dir / "config.yaml")
-        trainer = Trainer(config, groups, handout_group, student, teacher, world, reporter)
-        if start is not None:
-            trainer.resume(start)
-        after = trainer.run()
-        export(config, student, rank)
-        if rank == 0:
-            summary = summarize_run(config, trainer.progress, after)
-            (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            print(closing_table([summary]), flush=True)
-    finally:
-        for opened in (world, reporter):
-            if opened is not None:
-                opened.close()
-    destroy_groups()
-
-
-def read_models(config: Config) -> tuple[HFModel, HFModel]:
-    """Read the shapes of student and teacher, with their vocabularies padded to the same rows."""
-    tp_size = config.parallel.tensor_model_parallel_size
-    student = read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", tp_size)
-    teacher = student
-    if config.model.teacher_hf_checkpoint is not None:
-        teacher = read_hf_model(config.model.teacher_hf_checkpoint, "teacher-hf-checkpoint", tp_size)
-    return common_padding(student, teacher, config.model.make_vocab_size_divisible_by, tp_size)
-
-
-def total_steps(config: Config) -> int:
-    """Optimizer steps of the whole run."""
-    return config.data.num_iterations * (config.data.rollout_batch_size // config.data.global_batch_size)
-
-
-def export(config: Config, student: Student, rank: int) -> None:
-    """Write the trained student, and its adapter, where the flags say. Collective over all ranks."""
-    wanted = config.checkpoint
-    template = Path(config.model.hf_checkpoint)
-    if wanted.save_hf is not None:
-        weights = student.export()
-        if rank == 0:
-            write_hf_directory(weights, wanted.save_hf, template)
-            logger.info("exported the student to %s", wanted.save_hf)
-        for _ in weights:
-            pass
-    if wanted.save_adapter is not None:
-        weights = student.export_adapter()
-        if rank == 0:
-            hf_weights.write_adapter(dict(weights), wanted.save_adapter, config.lora, template)
-            logger.info("exported the adapter to %s", wanted.save_adapter)
-        for _ in weights:
-            pass
+            print(job.describe(config, world_size) if rank == 0 else "", end="")
+        else:
+            job.run(config, tasks[config.data.task](), rank, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 if __name__ == "__main__":

@@ -143,8 +143,7 @@ class Trainer:
                 metrics |= _evaluation_tags(self.config.data.task, after)
             self._report(metrics)
             if self.config.checkpoint.save_checkpoints and (last or self._due(self.config.checkpoint.save_interval)):
-                with self.clock("checkpoint"):
-                    checkpoint.save(self.checkpoints, self.student, self.groups, asdict(self.progress))
+                self._save()
         return after
 
     def _iterate(self) -> dict[str, float]:
@@ -172,8 +171,13 @@ class Trainer:
             self.progress.first = dict(metrics)
         with self.clock("publish"):
             metrics |= self._publish(handout.probe, samples[:PROBE_SEQUENCES])
-        self.progress.seconds = dict(self.clock.totals)
         return metrics
+
+    def _save(self) -> None:
+        with self.clock("checkpoint"):
+            self.progress.seconds = dict(self.clock.totals)
+            progress = run_on_rank_zero(lambda: asdict(self.progress), self.handout_group)  # the full one, everywhere
+            checkpoint.save(self.checkpoints, self.student, self.groups, progress)
 
     # ------------------------------------------------------------------ trajectories -> packed steps (rank 0)
 
@@ -293,4 +297,5 @@ class Trainer:
 def _evaluation_tags(task: str, result: dict[str, Any] | None) -> dict[str, float]:
     if result is None:
         return {}
-    return {f"eval/{task}/{key}": value for key, value in result.items() if key.startswith(("avg@", "pass@"))}
+    scores = {key: value for key, value in result.items() if isinstance(value, float)}
+    return {f"eval/{task}/{key}": value for key, value in scores.items()}

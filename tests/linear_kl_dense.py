@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,22 @@ def peaked_case(
         token_weight=weight.to(dtype),
         labels=labels % vocab_size,
         token_set=torch.tensor([3, vocab_size - 1, 0, 3, vocab_size // 2]),
+    )
+
+
+def tied_case() -> Case:
+    """Return heads of small integers: every logit is exact, and many equal the teacher's sixth largest."""
+    g = torch.Generator().manual_seed(1)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=g).double()
+
+    return replace(
+        peaked_case(),
+        student_input=integers(24, 3),
+        student_weight=integers(176, 3),
+        teacher_input=integers(24, 3),
+        teacher_weight=integers(176, 3),
     )
 
 

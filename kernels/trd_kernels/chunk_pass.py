@@ -191,8 +191,9 @@ class ChunkPass:
                 for side, z, delta in zip(("student", "teacher"), (z_student[t], z_teacher[t]), deltas, strict=True):
                     wanted = request.wanted_sums(side, chunk.tokens[t])
                     sums |= _named(side, softmax_sums(z, self.shard.start, delta=delta, **wanted))
-            z_student[t] /= spec.temperature
-            z_teacher[t] /= spec.temperature
+            if spec.temperature != 1.0:
+                z_student[t] /= spec.temperature
+                z_teacher[t] /= spec.temperature
             if spec.top_k > 0:
                 sums["largest"] = largest(z_teacher[t], spec.top_k)
             return sums

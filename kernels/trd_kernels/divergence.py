@@ -212,11 +212,11 @@ def _bregman(p: Tensor, q: Tensor, r: Tensor) -> Tensor:
 
 
 def _forward_gradient(spec: Divergence, p: Tensor, q: Tensor, r: Tensor, capped_mass: Tensor | None) -> Tensor:
-    """Return the gradient of the forward KL, `q - p` without the cancellation.
+    """Return the gradient of the forward KL.
 
     Under an entry clip, capped entries leave the sum: their p no longer pulls, and q is pulled by the rest only.
     """
-    gradient = torch.where(r > _LARGE_RATIO, q - p, torch.expm1(r).mul_(p))
+    gradient = q - p
     if spec.entry_clip is not None and capped_mass is not None:
         capped = _entry_excess(p, r, spec.entry_clip)[1]
         gradient += torch.where(capped, p, 0.0) - q * capped_mass

@@ -18,9 +18,9 @@ class MemoryPlan:
     """Over the whole model, not one rank."""
 
     def table(self) -> str:
-        """Render in GiB."""
+        """Render in MiB."""
         rows = [*self.bytes_of.items(), ("total before activations", sum(self.bytes_of.values()))]
-        return "\n".join(f"  {name:<32} {size / 2**30:10.3f} GiB" for name, size in rows)
+        return "\n".join(f"  {name:<32} {size / 2**20:12,.1f} MiB" for name, size in rows)
 
 
 def memory_plan(config: Config, student: HFModel, teacher: HFModel, world_size: int) -> MemoryPlan:

@@ -130,9 +130,7 @@ class Batch:
 
     def _sample(self, logits_BV: Tensor, version: str) -> None:
         self.last_ids, logprobs = sample(logits_BV, self.settings, [len(r.token_ids) for r in self.requests])
-        for request, token_id, logprob in zip(
-            self.requests, self.last_ids.tolist(), logprobs.tolist(), strict=True
-        ):
+        for request, token_id, logprob in zip(self.requests, self.last_ids.tolist(), logprobs.tolist(), strict=True):
             if request.finish_reason is None:
                 request.append(token_id, logprob, version)
 

@@ -116,7 +116,7 @@ class EmbeddedEngine:
         self._report(chosen)
 
     def pause(self, mode: PauseMode) -> None:
-        """Stop decoding. `retract` drops the cache and re-reads prompt and partial response later; `in_place` keeps it."""
+        """Stop decoding. `retract` drops the cache and later re-reads prompt and partial response; `in_place` keeps it."""
         self.paused = True
         if mode == "abort":
             self.abort(None)

@@ -29,7 +29,10 @@ class RowSettings:
             temperature=torch.tensor([row[0] or 1.0 for row in rows], dtype=torch.float32),
             top_p=torch.tensor([row[1] if row[1] < 1 else torch.inf for row in rows], dtype=torch.float64),
             top_k=torch.tensor(
-                [1 if is_greedy else min(row[2], vocab_size) if row[2] > 0 else vocab_size for row, is_greedy in zip(rows, greedy, strict=True)]
+                [
+                    1 if is_greedy else min(row[2], vocab_size) if row[2] > 0 else vocab_size
+                    for row, is_greedy in zip(rows, greedy, strict=True)
+                ]
             ),
             seeds=np.array([row[3] & (2**64 - 1) for row in rows], dtype=np.uint64),
         )

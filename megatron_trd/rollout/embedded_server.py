@@ -147,7 +147,7 @@ class EmbeddedServer:
         loading = await self._call(lambda: self.engine.load_weights(path, body.get("weight_version")))
         error = await _error_of(loading)
         if error is not None:
-            return _outcome(False, f"Failed to update weights: {error}. The old weights stay.")
+            return _outcome(False, f"Failed to update weights from {path}: {error}. The old weights stay.")
         return _outcome(True, "Succeeded to update model weights.", num_paused_requests=0)
 
     async def update_weight_version(self, request: web.Request) -> web.Response:

@@ -62,9 +62,7 @@ def parse_generate(body: Any, engine: EmbeddedEngine) -> tuple[list[Request], bo
     return requests, is_batch or len(requests) > 1
 
 
-def _parse_one(
-    ids: Any, sampling: Any, rid: Any, body: Mapping[str, Any], engine: EmbeddedEngine
-) -> list[Request]:
+def _parse_one(ids: Any, sampling: Any, rid: Any, body: Mapping[str, Any], engine: EmbeddedEngine) -> list[Request]:
     """Validate one prompt; return its `n` requests."""
     if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < engine.vocab_size for i in ids):
         raise ValueError(f"input_ids must be a non-empty list of integers in [0, {engine.vocab_size})")

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+from megatron_trd.config.schema import RolloutConfig
 from megatron_trd.log import get_logger
 from megatron_trd.records import Completion
 from megatron_trd.rollout.engine import SamplingParams
@@ -65,6 +66,16 @@ class SGLangFleet:
         self._slots = asyncio.Semaphore(max_concurrent_requests)
         self._probes: set[asyncio.Task[None]] = set()
         self._aborts: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    def from_config(cls, urls: Sequence[str], rollout: RolloutConfig) -> SGLangFleet:
+        """Make the fleet of a run."""
+        return cls(
+            urls,
+            request_timeout_s=rollout.request_timeout_s,
+            retries=rollout.request_retries,
+            max_concurrent_requests=rollout.max_concurrent_requests,
+        )
 
     async def __aenter__(self) -> SGLangFleet:
         """Open the session."""
@@ -140,7 +151,9 @@ class SGLangFleet:
                     return answer
                 partial = answer
                 errors.append(f"{last.url} aborted it: {reason.get('message')}")
-        raise GaveUpError(f"failed {len(errors)} times (--request-retries {self.retries}): {' | '.join(errors)}", partial)
+        raise GaveUpError(
+            f"failed {len(errors)} times (--request-retries {self.retries}): {' | '.join(errors)}", partial
+        )
 
     async def _try(self, server: Server, body: Mapping[str, Any]) -> dict[str, Any]:
         """Send once, under a fresh rid, and learn about the server from what happens."""
@@ -202,6 +215,21 @@ class SGLangFleet:
                 raise ServerError(f"{seen}. Start the server or correct --student-urls/--teacher-urls")
             await asyncio.sleep(0.2)
 
+    async def model_name(self) -> str:
+        """Return the model and the weights that all servers hold, e.g. `models/student@default`.
+
+        Raises:
+            ServerError: a server does not answer, or holds another model or other weights.
+        """
+        await self.wait_healthy()
+        infos = [await server.model_info() for server in self.servers]
+        names = [f"{info['model_path']}@{info['weight_version']}" for info in infos]
+        if len(set(names)) > 1:
+            raise ServerError(
+                "servers hold different weights: " + ", ".join(map(" ".join, zip(self._urls, names, strict=True)))
+            )
+        return names[0]
+
     async def _probe(self, server: Server) -> None:
         """Ask a server who it is and decide its state; one that a failed update left paused is set going."""
         try:
@@ -257,7 +285,9 @@ def _require_fit(server: Server, body: Mapping[str, Any]) -> None:
     """Refuse here what would kill the server or be refused there, as far as it told its limits."""
     ids, budget = body["input_ids"], body["sampling_params"]["max_new_tokens"]
     if server.vocab_size is not None and not (ids and min(ids) >= 0 and max(ids) < server.vocab_size):
-        raise RefusedError(f"the prompt is empty or has ids outside the vocabulary of {server.vocab_size} of {server.url}")
+        raise RefusedError(
+            f"the prompt is empty or has ids outside the vocabulary of {server.vocab_size} of {server.url}"
+        )
     if server.context_length is not None and len(ids) + budget > server.context_length:
         raise RefusedError(
             f"prompt of {len(ids)} tokens and --max-response-tokens {budget}: exceed the context of "

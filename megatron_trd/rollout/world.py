@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +15,13 @@ from megatron_trd.config.schema import Config
 from megatron_trd.data.source import ProblemSource
 from megatron_trd.log import get_logger
 from megatron_trd.records import Sample, Trajectory
-from megatron_trd.rollout.evaluation import EvalResult, evaluate
-from megatron_trd.rollout.refine import RolloutRunner, build_runner
-from megatron_trd.rollout.renderer import build_renderer
-from megatron_trd.rollout.sglang import SGLangFleet, connect
-from megatron_trd.rollout.trajectory_file import TrajectoryFile
+from megatron_trd.rollout.evaluation import evaluate
+from megatron_trd.rollout.refine import RolloutRunner, sampling_params
+from megatron_trd.rollout.renderer import Renderer
+from megatron_trd.rollout.sglang import SGLangFleet
+from megatron_trd.rollout.trajectory_file import read_trajectories
 from megatron_trd.tasks.base import Task
-from megatron_trd.weight_sync.base import WeightSync
+from megatron_trd.weight_sync.base import ServerError, WeightSync
 from megatron_trd.weight_sync.disk import DiskWeightSync
 
 logger = get_logger(__name__)
@@ -34,37 +35,59 @@ class World:
     """
 
     def __init__(self, config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Connect to every server and wait until all answer."""
+        """Connect to every server and wait until all answer.
+
+        Raises:
+            ValueError: a server does not answer, or the trajectory file cannot be used.
+        """
         self._config, self._task = config, task
+        self._renderer = Renderer.from_config(config, task, tokenizer)
+        self._sampling = sampling_params(config.rollout, tokenizer)
+        self._recorded: list[Trajectory] = []
+        self._runner: RolloutRunner | None = None
+        self._student: SGLangFleet | None = None
+        self._sync: WeightSync | None = None
         self._loop = asyncio.new_event_loop()
         self._open = AsyncExitStack()
-        self.student: SGLangFleet | None = None
-        self._runner: RolloutRunner | None = None
-        self._sync: WeightSync | None = None
-        self._recorded: list[Trajectory] = []
-        self._renderer = build_renderer(config, task, tokenizer)
-        self._loop.run_until_complete(self._connect())
+        try:
+            self._loop.run_until_complete(self._connect())
+        except ServerError as error:
+            self.close()
+            raise ValueError(str(error)) from error
 
     async def _connect(self) -> None:
         config, rollout = self._config, self._config.rollout
         if rollout.student_urls:
-            self.student = await self._open.enter_async_context(connect(rollout, rollout.student_urls))
-            await self.student.wait_healthy()
+            self._student = await self._fleet(rollout.student_urls)
             sync = config.weight_sync
             self._sync = DiskWeightSync(
                 sync.weight_sync_dir or Path(config.checkpoint.run_dir) / "weights",
                 config.model.hf_checkpoint,
-                self.student,
+                self._student,
                 timeout_s=sync.weight_sync_timeout_s,
             )
         if config.data.trajectories is not None:
-            self._recorded = TrajectoryFile(config.data.trajectories).read()
+            self._recorded = _read_recorded(config.data.trajectories)
             return
-        refiner = self.student
-        if rollout.teacher_urls:
-            refiner = await self._open.enter_async_context(connect(rollout, rollout.teacher_urls))
-            await refiner.wait_healthy()
-        self._runner = build_runner(config, self._task, self._renderer, self.student, refiner)
+        assert self._student is not None, "the configuration demands --student-urls for online rollouts"
+        refiner: SGLangFleet | None = None
+        if config.method.trajectory == "y_r":
+            refiner = await self._fleet(rollout.teacher_urls) if rollout.teacher_urls else self._student
+        self._runner = RolloutRunner(
+            self._student, refiner, self._renderer, self._task, self._sampling, config.data.seed
+        )
+
+    async def _fleet(self, urls: Sequence[str]) -> SGLangFleet:
+        rollout = self._config.rollout
+        fleet = SGLangFleet(
+            urls,
+            request_timeout_s=rollout.request_timeout_s,
+            retries=rollout.request_retries,
+            max_concurrent_requests=rollout.max_concurrent_requests,
+        )
+        await self._open.enter_async_context(fleet)
+        await fleet.wait_healthy()
+        return fleet
 
     def trajectories(self, iteration: int, cursor: int) -> list[Trajectory]:
         """Return one rollout batch that starts at problem (or recorded trajectory) `cursor`."""
@@ -84,20 +107,29 @@ class World:
 
     def served_logprobs(self, samples: Sequence[Sample]) -> list[float] | None:
         """Return the served student's log-probability of every response token at T = 1; None without servers."""
-        if self.student is None:
+        if self._student is None:
             return None
 
         async def score(fleet: SGLangFleet) -> list[tuple[float, ...]]:
             return await asyncio.gather(*(fleet.score(s.student_prompt_ids, s.response_ids) for s in samples))
 
-        return [lp for sequence in self._loop.run_until_complete(score(self.student)) for lp in sequence]
+        return [lp for sequence in self._loop.run_until_complete(score(self._student)) for lp in sequence]
 
-    def evaluate(self) -> EvalResult | None:
+    def evaluate(self) -> dict[str, Any] | None:
         """Sample held-out problems from the served student; None without servers or problems."""
         settings = self._config.eval
-        if self.student is None or settings.eval_num_problems == 0:
+        if self._student is None or settings.eval_num_problems == 0:
             return None
-        return self._loop.run_until_complete(evaluate(self.student, self._renderer, self._task, self._config))
+        result = evaluate(
+            self._student,
+            self._renderer,
+            self._task,
+            settings.eval_num_problems,
+            settings.eval_num_samples,
+            self._sampling,
+            self._config.data.seed,
+        )
+        return self._loop.run_until_complete(result).as_dict()
 
     def close(self) -> None:
         """Close every connection."""
@@ -106,7 +138,16 @@ class World:
 
     def metrics(self) -> dict[str, float]:
         """Return the health of the student's servers."""
-        if self.student is None:
+        if self._student is None:
             return {}
-        ready = sum(server.state.value == "ready" for server in self.student.servers)
-        return {"server/ready": float(ready), "server/retries": float(self.student.num_retries)}
+        ready = sum(server.state.value == "ready" for server in self._student.servers)
+        return {"server/ready": float(ready), "server/retries": float(self._student.num_retries)}
+
+
+def _read_recorded(path: str) -> list[Trajectory]:
+    if not Path(path).is_file():
+        raise ValueError(f"--trajectories {path}: no such file; make it with python -m megatron_trd.generate")
+    recorded = list(read_trajectories(path))
+    if not recorded:
+        raise ValueError(f"--trajectories {path}: holds no trajectory; make it with python -m megatron_trd.generate")
+    return recorded

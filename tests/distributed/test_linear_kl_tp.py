@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from tests.linear_kl_dense import MODES, STATS, Case, dense, peaked_case, relative_error
+from tests.linear_kl_dense import MODES, STATS, Case, dense, peaked_case, relative_error, tied_case
 from trd_kernels import linear_kl_div
 
 UPSTREAM = -2.5
@@ -37,6 +37,8 @@ def scenarios() -> dict[str, Scenario]:
     short = peaked_case(vocab_size=130)
     for name in ("forward", "jsd", "top-6-tail"):
         out[f"only-padding-{name}"] = Scenario(case=short, options=MODES[name])
+    for name in ("top-6-both", "top-6-teacher", "top-6-tail"):
+        out[f"ties-{name}"] = Scenario(case=tied_case(), options=MODES[name])
     for name in ("forward", "reverse", "mixed", "top-6-both"):
         out[f"fp32-{name}"] = Scenario(case=peaked_case(dtype=torch.float32), options=MODES[name], tolerance=1e-5)
     out["frozen"] = Scenario(case=case, options={}, frozen_head=True)

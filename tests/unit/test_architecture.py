@@ -17,7 +17,7 @@ FLOORS = {
     3: ("tasks", "data", "objectives"),
     4: ("rollout", "mcore"),
     5: ("trainer",),
-    6: ("train", "generate", "evaluate", "report"),
+    6: ("train", "job", "generate", "evaluate", "report"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 TOP = max(FLOORS)  # mains may share code with each other

@@ -1,0 +1,125 @@
+"""One training job from its configuration: the composition root, the only place that knows every concrete class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_trd.config.cli import save_resolved, to_yaml
+from megatron_trd.config.schema import Config
+from megatron_trd.data.broadcast import make_handout_group
+from megatron_trd.log import get_logger
+from megatron_trd.mcore import checkpoint, hf_weights
+from megatron_trd.mcore.groups import destroy_groups, initialize_groups
+from megatron_trd.mcore.hf_config import HFModel, common_padding, read_hf_model
+from megatron_trd.mcore.plan import memory_plan
+from megatron_trd.mcore.student import Student
+from megatron_trd.mcore.teacher import build_teacher
+from megatron_trd.metrics import Reporter
+from megatron_trd.report import closing_table, summarize_run
+from megatron_trd.rollout.vocabulary import epistemic_token_ids, load_tokenizer, require_same_vocabulary
+from megatron_trd.rollout.world import World
+from megatron_trd.tasks.base import Task
+from megatron_trd.trainer import Trainer
+from megatron_trd.weight_sync.disk import write_hf_directory
+
+logger = get_logger(__name__)
+
+
+def describe(config: Config, world_size: int) -> str:
+    """Describe a run without starting it."""
+    student, teacher = read_models(config)
+    tp = config.parallel.tensor_model_parallel_size
+    world_size = max(world_size, tp)  # without torchrun: the smallest grid
+    plan = memory_plan(config, student, teacher, world_size)
+    steps = total_steps(config)
+    return "\n".join(
+        (
+            to_yaml(config),
+            f"ranks: {world_size} = tensor {tp} x data {world_size // tp}",
+            f"steps: {steps} ({config.data.num_iterations} iterations)",
+            f"trainable parameters: {plan.trainable_parameters:,}",
+            "memory of one rank:",
+            plan.table(),
+            "",
+        )
+    )
+
+
+def run(config: Config, task: Task, rank: int, local_rank: int) -> None:
+    """Build every part on this rank and run to the end.
+
+    Raises:
+        ValueError: a flag, a model, a server or a file cannot be used.
+    """
+    run_dir = Path(config.checkpoint.run_dir)
+    start = checkpoint.resume_point(run_dir / "checkpoints", config.checkpoint.resume)
+    student_hf, teacher_hf = read_models(config)
+    tokenizer = load_tokenizer(student_hf.path, "hf-checkpoint")
+    if teacher_hf.path != student_hf.path:
+        require_same_vocabulary(tokenizer, load_tokenizer(teacher_hf.path, "teacher-hf-checkpoint"), teacher_hf.path)
+    groups = initialize_groups(config.parallel, config.data.seed, local_rank)
+    handout_group = make_handout_group(config.parallel.rollout_timeout_minutes)
+    world = World(config, task, tokenizer) if rank == 0 else None
+    reporter = Reporter(run_dir, config.data.num_iterations) if rank == 0 else None
+    try:
+        student = Student(
+            config,
+            groups,
+            student_hf,
+            total_steps=total_steps(config),
+            vocab_size=min(student_hf.geometry.vocab_size, teacher_hf.geometry.vocab_size),
+            epistemic_ids=epistemic_token_ids(tokenizer, task.epistemic_words),
+        )
+        teacher = build_teacher(config, groups, student.gpt, teacher_hf)
+        if rank == 0:
+            save_resolved(config, run_dir / "config.yaml")
+        trainer = Trainer(config, groups, handout_group, student, teacher, world, reporter)
+        if start is not None:
+            trainer.resume(start)
+        after = trainer.run()
+        export(config, student, rank)
+        if rank == 0:
+            summary = summarize_run(config, trainer.progress, trainer.clock.totals, after)
+            (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            print(closing_table([summary]), flush=True)
+    finally:
+        for opened in (world, reporter):
+            if opened is not None:
+                opened.close()
+    destroy_groups()
+
+
+def read_models(config: Config) -> tuple[HFModel, HFModel]:
+    """Read the shapes of student and teacher, with their vocabularies padded to the same rows."""
+    tp_size = config.parallel.tensor_model_parallel_size
+    student = read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", tp_size)
+    teacher = student
+    if config.model.teacher_hf_checkpoint is not None:
+        teacher = read_hf_model(config.model.teacher_hf_checkpoint, "teacher-hf-checkpoint", tp_size)
+    return common_padding(student, teacher, config.model.make_vocab_size_divisible_by, tp_size)
+
+
+def total_steps(config: Config) -> int:
+    """Optimizer steps of the whole run."""
+    return config.data.num_iterations * (config.data.rollout_batch_size // config.data.global_batch_size)
+
+
+def export(config: Config, student: Student, rank: int) -> None:
+    """Write the trained student, and its adapter, where the flags say. Collective over all ranks."""
+    wanted = config.checkpoint
+    template = Path(config.model.hf_checkpoint)
+    if wanted.save_hf is not None:
+        weights = student.export()
+        if rank == 0:
+            write_hf_directory(weights, wanted.save_hf, template)
+            logger.info("exported the student to %s", wanted.save_hf)
+        for _ in weights:
+            pass
+    if wanted.save_adapter is not None:
+        weights = student.export_adapter()
+        if rank == 0:
+            hf_weights.write_adapter(dict(weights), wanted.save_adapter, config.lora, template)
+            logger.info("exported the adapter to %s", wanted.save_adapter)
+        for _ in weights:
+            pass
