@@ -65,7 +65,7 @@ RECIPES = {
     ),
     "teacher": Recipe(
         hidden_size=96,
-        num_heads=3,
+        num_heads=4,
         seed=7,
         stages=(
             Stage(num_operations=6, steps=1100, num_solve=112, lr=2.5e-3),

@@ -56,9 +56,7 @@ def test_output_logprobs_are_at_the_temperature_and_input_logprobs_at_one(server
     )
     given = meta["input_token_logprobs"]
     assert given[0][0] is None and [entry[1] for entry in given] == PROMPT[2:]
-    np.testing.assert_allclose(
-        [entry[0] for entry in given[1:]], reference_logprobs(hf_student, PROMPT)[2:], atol=1e-4
-    )
+    np.testing.assert_allclose([entry[0] for entry in given[1:]], reference_logprobs(hf_student, PROMPT)[2:], atol=1e-4)
 
 
 def test_scoring_alone_equals_a_forward_pass_for_rows_of_unequal_length(server, post, hf_student) -> None:
@@ -100,7 +98,9 @@ def test_crowd_and_solitude_give_the_same_tokens(server, post) -> None:
         for i in range(len(rows))
     ]
     with ThreadPoolExecutor(len(rows)) as pool:
-        crowd = list(pool.map(lambda pair: generate(post, server, *pair)["output_ids"], zip(rows, settings, strict=True)))
+        crowd = list(
+            pool.map(lambda pair: generate(post, server, *pair)["output_ids"], zip(rows, settings, strict=True))
+        )
     alone = [generate(post, server, row, setting)["output_ids"] for row, setting in zip(rows, settings, strict=True)]
     assert crowd == alone
     reseeded = [{**setting, "sampling_seed": i} for i, setting in enumerate(settings)]

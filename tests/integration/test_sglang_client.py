@@ -210,7 +210,9 @@ def test_load_is_balanced() -> None:
 def test_no_server_at_all_names_url_reason_and_flag() -> None:
     async def main() -> None:
         async with fleet_of("http://127.0.0.1:9") as fleet:
-            with pytest.raises(ServerError, match=r"127\.0\.0\.1:9 is down.*Start the server or correct --student-urls"):
+            with pytest.raises(
+                ServerError, match=r"127\.0\.0\.1:9 is down.*Start the server or correct --student-urls"
+            ):
                 await fleet.wait_healthy(deadline_s=0.0)
             completion = await fleet.generate(PROMPT, SAMPLING)
             assert completion.finish_reason == "abort" and "127.0.0.1:9 is down" in (completion.error or "")
