@@ -11,6 +11,7 @@ optimizer update.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.broadcast import run_on_rank_zero
-from megatron_trd.data.packing import MicroBatch, StepBatch, pack, pack_in_order
+from megatron_trd.data.packing import MicroBatch, StepBatch, pack, pack_in_order, stream_lengths
 from megatron_trd.log import get_logger
 from megatron_trd.mcore import checkpoint
 from megatron_trd.mcore.groups import Groups
@@ -70,6 +71,8 @@ class Handout:
     probe: MicroBatch | None
     """A few responses whose log-probabilities trainer and server must agree on after the update."""
     num_samples: int
+    num_tokens: int
+    """Tokens of both streams over all steps, without padding."""
 
 
 @dataclass(slots=True)
@@ -222,6 +225,7 @@ class Trainer:
             audits=audits,
             probe=pack_in_order(samples[:PROBE_SEQUENCES], multiple) if samples else None,
             num_samples=len(samples),
+            num_tokens=sum(sum(stream_lengths(sample)) for sample in samples),
         )
 
     # ------------------------------------------------------------------ compute (all ranks)
@@ -229,13 +233,16 @@ class Trainer:
     def _train(self, handout: Handout) -> dict[str, float]:
         if not handout.steps:
             return {}
+        start = time.perf_counter()
         sums: list[Sums] = []
         for batch in handout.steps:
             result = self.student.train_step(batch[self.groups.dp_rank], self.teacher)
             sums += result.sums
             self.progress.step += 1
         means = self._reduce(sums)
+        seconds = time.perf_counter() - start
         return {
+            "perf/tokens_per_s_per_gpu": handout.num_tokens / seconds / self.groups.world_size,
             "train/loss": means.pop("loss"),
             "train/grad_norm": result.grad_norm,
             "train/lr": result.lr,

@@ -295,6 +295,8 @@ class RolloutConfig:
     """Ask the chat template for a reasoning block (templates without the switch ignore it)."""
     request_timeout_s: float = 3600.0
     """Deadline of one generation request, in seconds."""
+    server_timeout_s: float = 60.0
+    """How long to wait at the start for every server to answer, in seconds."""
     request_retries: int = 3
     """Tries on another server after a failed request before the completion counts as failed."""
     max_concurrent_requests: int = 512

@@ -9,6 +9,7 @@ position predicts which token.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from megatron_trd.records import Sample
-import itertools
 
 UNKNOWN, INCORRECT, CORRECT = -1, 0, 1
 
@@ -140,30 +140,31 @@ def _pack_step(
     )
 
 
-def _stream_lengths(sample: Sample) -> tuple[int, int]:
+def stream_lengths(sample: Sample) -> tuple[int, int]:
+    """Tokens that one sample takes in the student's and in the teacher's stream."""
     response = len(sample.response_ids) - 1
     return len(sample.student_prompt_ids) + response, len(sample.teacher_prompt_ids) + response
 
 
 def _longer_stream(samples: Sequence[Sample]) -> int:
-    return max(sum(lengths) for lengths in zip(*map(_stream_lengths, samples), strict=True))
+    return max(sum(lengths) for lengths in zip(*map(stream_lengths, samples), strict=True))
 
 
 def _spread(samples: Sequence[Sample], num_bins: int) -> list[list[Sample]]:
     """Longest first into the emptiest bin; cost = tokens of both streams."""
     bins: list[list[Sample]] = [[] for _ in range(num_bins)]
     loads = [0] * num_bins
-    for sample in sorted(samples, key=lambda s: -sum(_stream_lengths(s))):
+    for sample in sorted(samples, key=lambda s: -sum(stream_lengths(s))):
         emptiest = loads.index(min(loads))
         bins[emptiest].append(sample)
-        loads[emptiest] += sum(_stream_lengths(sample))
+        loads[emptiest] += sum(stream_lengths(sample))
     return bins
 
 
 def _bins_needed(samples: Sequence[Sample], max_tokens: int) -> int:
     """First-fit bound on the micro-batches one rank needs (at least one, even with no samples)."""
     bins: list[tuple[int, int]] = []
-    for student, teacher in sorted(map(_stream_lengths, samples), reverse=True):
+    for student, teacher in sorted(map(stream_lengths, samples), reverse=True):
         for i, (s, t) in enumerate(bins):
             if max(s + student, t + teacher) <= max_tokens:
                 bins[i] = (s + student, t + teacher)

@@ -67,6 +67,7 @@ class Batch:
         self.model = model
         self.requests = list(requests)
         self.cache = DynamicCache()
+        self.last_ids: Tensor
         self.settings = RowSettings.collect(
             [(r.temperature, r.top_p, r.top_k, r.seed) for r in requests], model.config.vocab_size
         )

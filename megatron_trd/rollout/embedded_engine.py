@@ -42,7 +42,7 @@ class EmbeddedEngine:
     def __init__(
         self,
         model_path: str,
-        on_finished: Callable[[Sequence[Request]], None],
+        on_finished: Callable[[Sequence[Request]], object],
         *,
         weight_version: str = "default",
         max_running_requests: int = 1024,
@@ -116,7 +116,7 @@ class EmbeddedEngine:
         self._report(chosen)
 
     def pause(self, mode: PauseMode) -> None:
-        """Stop decoding. `retract` drops the cache and later re-reads prompt and partial response; `in_place` keeps it."""
+        """Stop decoding. `retract` drops the cache and reads prompt and response again later; `in_place` keeps it."""
         self.paused = True
         if mode == "abort":
             self.abort(None)

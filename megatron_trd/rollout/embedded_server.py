@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,7 +90,7 @@ class EmbeddedServer:
             await asyncio.gather(*answers)
         except asyncio.CancelledError:  # the client hung up
             for rid in rids:
-                self.engine.call(lambda rid=rid: self.engine.abort(rid))
+                self.engine.call(partial(self.engine.abort, rid))
             raise
         finally:
             for rid in rids:
@@ -255,9 +256,9 @@ async def serve(args: argparse.Namespace) -> None:
     server.engine.start()
     url = f"http://{args.host}:{runner.addresses[0][1]}"
     if args.port_file:
-        partial = Path(f"{args.port_file}.tmp")
-        partial.write_text(url + "\n")
-        os.replace(partial, args.port_file)
+        unfinished = Path(f"{args.port_file}.tmp")
+        unfinished.write_text(url + "\n")
+        os.replace(unfinished, args.port_file)
     print(url, flush=True)
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):

@@ -48,7 +48,7 @@ def parse_generate(body: Any, engine: EmbeddedEngine) -> tuple[list[Request], bo
         raise ValueError("stream is not supported by the embedded server")
     source = ids if text is None else text
     is_batch = isinstance(source, list) and bool(source) and (text is not None or isinstance(source[0], list))
-    prompts = source if is_batch else [source]
+    prompts: list[Any] = list(source or ()) if is_batch else [source]
     settings, rids = body.get("sampling_params") or {}, body.get("rid")
     if not isinstance(settings, list):
         settings = [settings] * len(prompts)

@@ -79,7 +79,9 @@ class SGLangFleet:
 
     async def __aenter__(self) -> SGLangFleet:
         """Open the session."""
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        # Servers close idle connections (uvicorn: after 5 s): none may sleep through a training step and be used again.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
+        self._session = aiohttp.ClientSession(connector=connector)
         self.servers = [Server(url, self._session) for url in self._urls]
         return self
 

@@ -61,6 +61,13 @@ def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
         yield _parse(Path(path), number, record)
 
 
+def read_fingerprint(path: str | Path) -> Fingerprint:
+    """Return what the trajectories of a file have in common. Raises ValueError if it holds none."""
+    for _, record in _records(Path(path)):
+        return record["fingerprint"]
+    raise ValueError(f"{path}: holds no trajectory; make it anew with python -m megatron_trd.generate")
+
+
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

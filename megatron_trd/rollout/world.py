@@ -19,7 +19,7 @@ from megatron_trd.rollout.evaluation import evaluate
 from megatron_trd.rollout.refine import RolloutRunner, sampling_params
 from megatron_trd.rollout.renderer import Renderer
 from megatron_trd.rollout.sglang import SGLangFleet
-from megatron_trd.rollout.trajectory_file import read_trajectories
+from megatron_trd.rollout.trajectory_file import read_fingerprint, read_trajectories
 from megatron_trd.tasks.base import Task
 from megatron_trd.weight_sync.base import ServerError, WeightSync
 from megatron_trd.weight_sync.disk import DiskWeightSync
@@ -67,7 +67,7 @@ class World:
                 timeout_s=sync.weight_sync_timeout_s,
             )
         if config.data.trajectories is not None:
-            self._recorded = _read_recorded(config.data.trajectories)
+            self._recorded = _read_recorded(config.data.trajectories, config.method.mode)
             return
         assert self._student is not None, "the configuration demands --student-urls for online rollouts"
         refiner: SGLangFleet | None = None
@@ -79,14 +79,8 @@ class World:
 
     async def _fleet(self, urls: Sequence[str]) -> SGLangFleet:
         rollout = self._config.rollout
-        fleet = SGLangFleet(
-            urls,
-            request_timeout_s=rollout.request_timeout_s,
-            retries=rollout.request_retries,
-            max_concurrent_requests=rollout.max_concurrent_requests,
-        )
-        await self._open.enter_async_context(fleet)
-        await fleet.wait_healthy()
+        fleet = await self._open.enter_async_context(SGLangFleet.from_config(urls, rollout))
+        await fleet.wait_healthy(rollout.server_timeout_s)
         return fleet
 
     def trajectories(self, iteration: int, cursor: int) -> list[Trajectory]:
@@ -144,10 +138,13 @@ class World:
         return {"server/ready": float(ready), "server/retries": float(self._student.num_retries)}
 
 
-def _read_recorded(path: str) -> list[Trajectory]:
+def _read_recorded(path: str, mode: str) -> list[Trajectory]:
     if not Path(path).is_file():
         raise ValueError(f"--trajectories {path}: no such file; make it with python -m megatron_trd.generate")
-    recorded = list(read_trajectories(path))
-    if not recorded:
-        raise ValueError(f"--trajectories {path}: holds no trajectory; make it with python -m megatron_trd.generate")
-    return recorded
+    made_with = read_fingerprint(path)["mode"]
+    if made_with != mode:
+        raise ValueError(
+            f"--mode {mode}: {path} was made with --mode {made_with}, and its teacher contexts belong to that; "
+            "use the same mode, or make another file"
+        )
+    return list(read_trajectories(path))

@@ -52,7 +52,7 @@ class WeightServers(Protocol):
         ...
 
     def end_update(self, version: str, failures: Mapping[str, str]) -> None:
-        """From now on `version` alone is right; the servers in `failures` (by URL) are out of use until they hold it."""
+        """From now on `version` alone is right; servers in `failures` (by URL) are out of use until they hold it."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The client against real embedded servers, and against scripted ones that fail in ways a real one only does on a bad day."""
+"""The client against real embedded servers, and against scripted ones that fail as real ones do on a bad day."""
 
 from __future__ import annotations
 

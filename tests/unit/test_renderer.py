@@ -31,7 +31,7 @@ def characters(template: str | None = CHAT) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per character, so that lengths are plain to see."""
     vocab = {chr(i): i for i in range(128)}
     inner = Tokenizer(models.WordLevel(vocab | {"?": 63}, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
     tokenizer.chat_template = template
@@ -91,7 +91,7 @@ def test_only_the_middle_of_y_o_is_cut(mode: str, budget: int) -> None:
     before, after = text(ids).split(mark)
     assert len(before) + cut + len(after) == len(whole)
     assert text(whole).startswith(before) and text(whole).endswith(after)
-    assert X in before and before.endswith(draft[:3]) is False or X in before
+    assert X in before
     assert after.endswith("Rewrite!<|end|><|assistant|><|nothink|>")
     head, tail = before.partition("Draft ")[2], after.partition(" Rewrite!")[0]
     assert draft.startswith(head) and draft.endswith(tail) and 0 <= len(head) - len(tail) <= 1
