@@ -67,6 +67,10 @@ class StageClock:
             for record in (self.totals, self._lap):
                 record[stage] = record.get(stage, 0.0) + seconds
 
+    def note(self, part: str, seconds: float) -> None:
+        """Add seconds measured elsewhere, a part of some stage, to the totals alone."""
+        self.totals[part] = self.totals.get(part, 0.0) + seconds
+
     def lap(self) -> dict[str, float]:
         """Return the seconds of each stage since the last call."""
         lap, self._lap = self._lap, {}

@@ -44,6 +44,10 @@ class World(Protocol):
         """Return one rollout batch, from problem `cursor` on."""
         ...
 
+    def stage_seconds(self) -> dict[str, float]:
+        """Return the wall-clock of the last batch's stages; empty when nothing was sampled."""
+        ...
+
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> dict[str, float]:
         """Bring weights to the student's servers; return metrics. Must exhaust `weights`."""
         ...
@@ -137,7 +141,7 @@ class Trainer:
         self._publish(probe=None, samples=[])
         if self.progress.iteration == 0:
             self.progress.before = self._evaluate()
-        after = self.progress.before
+        after: dict[str, Any] | None = None
         while self.progress.iteration < self.config.data.num_iterations:
             metrics = self._iterate()
             last = self.progress.iteration == self.config.data.num_iterations
@@ -147,7 +151,7 @@ class Trainer:
             self._report(metrics)
             if self.config.checkpoint.save_checkpoints and (last or self._due(self.config.checkpoint.save_interval)):
                 self._save()
-        return after
+        return after if after is not None else self._evaluate()
 
     def _iterate(self) -> dict[str, float]:
         """Roll out, refine, distill, publish."""
@@ -155,8 +159,12 @@ class Trainer:
         samples: list[Sample] = []
 
         def prepare() -> Handout:
+            assert self.world is not None  # rank 0
             trajectories = self.world.trajectories(self.progress.iteration, self.progress.cursor)
             metrics.update(summarize(trajectories))
+            for stage, seconds in self.world.stage_seconds().items():
+                self.clock.note(f"rollout, {stage}", seconds)
+                metrics[f"rollout/{stage}_s"] = seconds
             samples.extend(self._samples(trajectories, metrics))
             return self._pack(trajectories, samples)
 
@@ -290,7 +298,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any] | None:
         with self.clock("evaluate"):
-            return run_on_rank_zero(lambda: self.world.evaluate(), self.handout_group)
+            return run_on_rank_zero(lambda: self.world.evaluate() if self.world else None, self.handout_group)
 
     def _report(self, metrics: dict[str, float]) -> None:
         if self.reporter:

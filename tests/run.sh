@@ -8,4 +8,5 @@ cd "$root"
 export OMP_NUM_THREADS=1
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
+"$venv/bin/mypy"
 exec "$venv/bin/python" -m pytest "$@"

@@ -59,7 +59,9 @@ def _attend_flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, lon
 
     repeats = query.size(1) // key.size(1)
     key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-    return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
+    out = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
+    assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return out
 
 
 def _attend_unpacked(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:

@@ -83,17 +83,15 @@ def export_adapter(model: HiddenStatesGPT, groups: Groups) -> Iterator[tuple[str
         module = model.get_submodule(row.megatron.rpartition(".")[0])
         if not isinstance(module, LoRALinear) or not row.megatron.endswith(".weight"):
             continue
-        names = [f"base_model.model.{name.removesuffix('.weight')}" for name in row.hf]
-        whole = {}
-        for parameter in ("lora_a", "lora_b"):
-            part = getattr(module, parameter).detach()
-            split = module.tp_dims.get(parameter)
-            whole[parameter] = part if split is None else _gather(part, groups)
-        b_parts = merge(row, whole["lora_b"], model.hf.geometry) if row.kind != "row" else [whole["lora_b"]]
-        a = torch.cat(list(whole["lora_a"]), 1) if row.kind == "row" else whole["lora_a"]
-        for name, b in zip(names, b_parts, strict=True):
-            yield f"{name}.lora_A.weight", a
-            yield f"{name}.lora_B.weight", b
+        lora_a, lora_b = (
+            _gather(part.detach(), groups) if name in module.tp_dims else [part.detach()]
+            for name, part in (("lora_a", module.lora_a), ("lora_b", module.lora_b))
+        )
+        a = torch.cat(lora_a, 1)
+        for name, b in zip(row.hf, lora_b if row.kind == "row" else merge(row, lora_b, model.hf.geometry), strict=True):
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            yield f"{prefix}.lora_A.weight", a
+            yield f"{prefix}.lora_B.weight", b
 
 
 def write_adapter(tensors: dict[str, Tensor], directory: str | Path, lora: LoraConfig, base: Path) -> None:

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -37,16 +38,21 @@ from megatron_trd.config.schema import LoraConfig
 class LoRALinear(torch.nn.Module):
     """Mix-in before a Megatron parallel linear: the base keeps its parameter names, `lora_a` and `lora_b` join it."""
 
+    weight: torch.nn.Parameter
+    config: TransformerConfig
     lora: LoraConfig
+    lora_a: torch.nn.Parameter
+    lora_b: torch.nn.Parameter
+    lora_scale: float
+    """alpha / rank"""
     adapter_enabled: bool = True
     tp_dims: dict[str, int]
     """Dimension that tensor parallelism splits, by parameter; the others are replicated."""
 
     def _add_adapter(self, in_features: int, out_features: int, split: dict[str, int]) -> None:
         rank, weight = self.lora.lora_rank, self.weight
-        kwargs = {"dtype": weight.dtype, "device": weight.device}
-        self.lora_a = torch.nn.Parameter(torch.empty(rank, in_features, **kwargs))
-        self.lora_b = torch.nn.Parameter(torch.zeros(out_features, rank, **kwargs))
+        self.lora_a = torch.nn.Parameter(weight.new_empty(rank, in_features))
+        self.lora_b = torch.nn.Parameter(weight.new_zeros(out_features, rank))
         self.lora_scale = self.lora.lora_alpha / rank
         self.tp_dims = {**self.tp_dims, **split}
         for name in ("lora_a", "lora_b"):
@@ -96,17 +102,17 @@ class LoRALinear(torch.nn.Module):
 
 
 @cache
-def column_with_lora(base: type, lora: LoraConfig) -> type:
+def column_with_lora(base: Any, lora: LoraConfig) -> type:
     """Return `base`, a column-parallel linear, with an adapter."""
 
-    class LoRAColumnParallelLinear(LoRALinear, base):  # type: ignore[misc,valid-type]
+    class LoRAColumnParallelLinear(LoRALinear, base):
         def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-            base.__init__(self, input_size, output_size, **kwargs)
+            super().__init__(input_size, output_size, **kwargs)
             self.lora, self.tp_dims = lora, {"weight": 0, "bias": 0}
             self._add_adapter(input_size, self.weight.size(0), {"lora_b": 0})
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-            out, bias = base.forward(self, x, *args, **kwargs)
+            out, bias = super().forward(x, *args, **kwargs)
             if not self.adapter_enabled:
                 return out, bias
             sequence_parallel = self.config.sequence_parallel
@@ -121,17 +127,17 @@ def column_with_lora(base: type, lora: LoraConfig) -> type:
 
 
 @cache
-def row_with_lora(base: type, lora: LoraConfig) -> type:
+def row_with_lora(base: Any, lora: LoraConfig) -> type:
     """Return `base`, a row-parallel linear, with an adapter."""
 
-    class LoRARowParallelLinear(LoRALinear, base):  # type: ignore[misc,valid-type]
+    class LoRARowParallelLinear(LoRALinear, base):
         def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-            base.__init__(self, input_size, output_size, **kwargs)
+            super().__init__(input_size, output_size, **kwargs)
             self.lora, self.tp_dims = lora, {"weight": 1}
             self._add_adapter(self.weight.size(1), output_size, {"lora_a": 1})
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-            out, bias = base.forward(self, x, *args, **kwargs)
+            out, bias = super().forward(x, *args, **kwargs)
             if not self.adapter_enabled:
                 return out, bias
             z = F.linear(self._dropped(x, differs_by_rank=True), self.lora_a)

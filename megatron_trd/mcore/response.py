@@ -8,10 +8,11 @@ backward pass sends the gradients back the same way. The [T, hidden] stream is n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from megatron_trd.mcore.groups import Groups
 
@@ -39,27 +40,27 @@ def pad_rows(values: Tensor, tp_size: int) -> Tensor:
 
 class _DealRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, positions: Tensor, groups: Groups) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, positions: Tensor, groups: Groups) -> Tensor:
         per_owner, per_taker = hidden.size(0), positions.numel() // groups.tp_size
         owner = positions // per_owner  # [R] rank that holds the row
         taker = torch.arange(positions.numel(), device=positions.device) // max(per_taker, 1)
         outgoing = (owner == groups.tp_rank).nonzero().flatten()  # in order of the taker
         incoming = owner[taker == groups.tp_rank]
         order = torch.argsort(incoming, stable=True)  # arrival order -> place among this rank's rows
-        ctx.local_rows = positions[outgoing] - groups.tp_rank * per_owner  # type: ignore[attr-defined]
-        ctx.send_counts = torch.bincount(taker[outgoing], minlength=groups.tp_size).tolist()  # type: ignore[attr-defined]
-        ctx.receive_counts = torch.bincount(incoming, minlength=groups.tp_size).tolist()  # type: ignore[attr-defined]
-        ctx.order, ctx.shape, ctx.group = order, hidden.shape, groups.tp  # type: ignore[attr-defined]
-        arrived = _exchange(hidden[ctx.local_rows], ctx.receive_counts, ctx.send_counts, groups.tp)  # type: ignore[attr-defined]
+        ctx.local_rows = positions[outgoing] - groups.tp_rank * per_owner
+        ctx.send_counts = torch.bincount(taker[outgoing], minlength=groups.tp_size).tolist()
+        ctx.receive_counts = torch.bincount(incoming, minlength=groups.tp_size).tolist()
+        ctx.order, ctx.shape, ctx.group = order, hidden.shape, groups.tp
+        arrived = _exchange(hidden[ctx.local_rows], ctx.receive_counts, ctx.send_counts, groups.tp)
         rows = torch.empty_like(arrived)
         rows[order] = arrived
         return rows
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        returned = _exchange(grad[ctx.order], ctx.send_counts, ctx.receive_counts, ctx.group)  # type: ignore[attr-defined]
-        grad_hidden = grad.new_zeros(ctx.shape)  # type: ignore[attr-defined]
-        return grad_hidden.index_add_(0, ctx.local_rows, returned), None, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        returned = _exchange(grad[ctx.order], ctx.send_counts, ctx.receive_counts, ctx.group)
+        grad_hidden = grad.new_zeros(ctx.shape)
+        return grad_hidden.index_add_(0, ctx.local_rows, returned), None, None
 
 
 def _exchange(rows: Tensor, receive_counts: list[int], send_counts: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -58,10 +59,17 @@ class RolloutRunner:
         """
         self.student, self.refiner, self.renderer, self.task = student, refiner, renderer, task
         self.sampling, self.seed, self.executor = sampling, seed, executor
+        self.stage_seconds: dict[str, float] = {}
+        """Wall-clock of the last `run`: until its last y_o ended, and from there to its end."""
+        self._last_y_o_at = 0.0
 
     async def run(self, problems: Sequence[Problem], iteration: int) -> list[Trajectory]:
         """Return the trajectories of all problems, in their order."""
+        start = time.perf_counter()
         done = {t.problem.id: t async for t in self.stream(problems, iteration)}
+        self.stage_seconds = {"y_o": self._last_y_o_at - start}
+        if self.refiner is not None:
+            self.stage_seconds["y_r"] = time.perf_counter() - self._last_y_o_at
         return [done[problem.id] for problem in problems]
 
     async def stream(self, problems: Iterable[Problem], iteration: int) -> AsyncIterator[Trajectory]:
@@ -94,6 +102,7 @@ class RolloutRunner:
         """Take one problem through both stages."""
         solve_ids, vanilla_ids = self.renderer.solve(problem), self.renderer.vanilla(problem)
         y_o = await self.student.generate(solve_ids, self._seeded(problem, iteration, "y_o"))
+        self._last_y_o_at = time.perf_counter()
         if self.refiner is None or y_o.finish_reason == "abort":
             return Trajectory(
                 problem=problem,

@@ -91,6 +91,10 @@ class World:
         problems = ProblemSource(self._task, batch_size, cursor).draw()
         return self._loop.run_until_complete(self._runner.run(problems, iteration))
 
+    def stage_seconds(self) -> dict[str, float]:
+        """Return the wall-clock until the last y_o of the last batch ended, and from there to its last y_r."""
+        return self._runner.stage_seconds if self._runner is not None else {}
+
     def publish(self, weights: Iterable[tuple[str, Tensor]], version: str) -> dict[str, float]:
         """Bring weights to the student's servers; return metrics. Exhausts `weights`."""
         if self._sync is None:

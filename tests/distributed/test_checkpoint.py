@@ -24,7 +24,7 @@ def model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), tied=True)
 
 
-def run_steps(rank, world, model, directory, lora_rank, bf16, grid, start, stop, losses):
+def run_steps(rank, world, model, directory, lora, bf16, grid, start, stop, losses):
     """Steps start..stop on a grid, resuming at `start` and saving at `stop`; rank 0 appends its losses to a file."""
     from megatron_trd.data.packing import pack
     from megatron_trd.mcore import checkpoint
@@ -37,7 +37,7 @@ def run_steps(rank, world, model, directory, lora_rank, bf16, grid, start, stop,
     config = Config(
         model=ModelConfig(hf_checkpoint=model, bf16=bf16),
         parallel=ParallelConfig(**grid),
-        lora=LoraConfig(lora_rank=lora_rank, lora_alpha=8, lora_dropout=0.1 if lora_rank else 0.0),
+        lora=LoraConfig(**lora),
         optimizer=OptimizerConfig(lr=5e-3),
         data=DataConfig(trajectories="unused"),
     )
@@ -72,26 +72,29 @@ def numbers(path: Path) -> list[list[float]]:
     return [[float(x) for x in line.split()] for line in path.read_text().splitlines()]
 
 
+FULL = {"lora_rank": 0}
+ADAPTER = {"lora_rank": 4, "lora_alpha": 8.0}
+DROPOUT = {**ADAPTER, "lora_dropout": 0.1}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 DP2 = {"use_distributed_optimizer": True}
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
 @pytest.mark.parametrize(
-    ("lora_rank", "bf16", "first", "second", "exact"),
+    ("lora", "bf16", "first", "second", "exact"),
     [
-        (0, False, TP2, TP2, True),
-        (4, False, TP2, TP2, True),
-        (0, False, DP2, DP2, True),
-        (0, True, DP2, DP2, True),
-        (0, False, OVERLAP, OVERLAP, True),
-        (0, False, DP2, {**TP2, **DP2}, False),  # another grid: the same numbers up to rounding
+        (DROPOUT, False, TP2, TP2, True),
+        (FULL, True, DP2, DP2, True),
+        (FULL, False, OVERLAP, OVERLAP, True),
+        # On another grid: the same numbers up to rounding.
+        (FULL, False, DP2, {**TP2, **DP2}, False),
+        (ADAPTER, False, {**TP2, **DP2}, DP2, False),
     ],
 )
-def test_resumed_run_equals_uninterrupted(model, tmp_path, lora_rank, bf16, first, second, exact) -> None:
-    common = (str(model), str(tmp_path / "straight"), lora_rank, bf16)
-    spawn(run_steps, 2, *common, second, 0, 4, str(tmp_path / "straight.txt"), timeout_s=200)
-    common = (str(model), str(tmp_path / "split"), lora_rank, bf16)
+def test_resumed_run_equals_uninterrupted(model, tmp_path, lora, bf16, first, second, exact) -> None:
+    common = (str(model), str(tmp_path / "straight"), lora, bf16)
+    spawn(run_steps, 2, *common, first, 0, 4, str(tmp_path / "straight.txt"), timeout_s=200)
+    common = (str(model), str(tmp_path / "split"), lora, bf16)
     spawn(run_steps, 2, *common, first, 0, 2, str(tmp_path / "split.txt"), timeout_s=200)
     spawn(run_steps, 2, *common, second, 2, 4, str(tmp_path / "split.txt"), timeout_s=200)
     straight, split = numbers(tmp_path / "straight.txt"), numbers(tmp_path / "split.txt")
@@ -104,7 +107,7 @@ def test_resumed_run_equals_uninterrupted(model, tmp_path, lora_rank, bf16, firs
 
 
 def test_another_optimizer_layout_is_refused(model, tmp_path) -> None:
-    common = (str(model), str(tmp_path), 0, False)
+    common = (str(model), str(tmp_path), FULL, False)
     spawn(run_steps, 2, *common, DP2, 0, 1, str(tmp_path / "losses.txt"), timeout_s=200)
     with pytest.raises(
         RuntimeError, match="--use-distributed-optimizer False: the checkpoint .* was written with True"
@@ -119,7 +122,7 @@ def test_overlapped_communication_changes_no_number(model, tmp_path) -> None:
             2,
             str(model),
             str(tmp_path / name),
-            0,
+            FULL,
             False,
             grid,
             0,
