@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.broadcast import run_on_rank_zero
-from megatron_trd.data.packing import MicroBatch, StepBatch, pack, pack_in_order, stream_lengths
+from megatron_trd.data.packing import StepBatch, pack, pack_in_order, stream_lengths
 from megatron_trd.log import get_logger
 from megatron_trd.mcore import checkpoint
 from megatron_trd.mcore.groups import Groups
@@ -34,7 +34,6 @@ from megatron_trd.records import Sample, Trajectory
 from megatron_trd.rollout.refine import summarize, to_sample
 
 logger = get_logger(__name__)
-PROBE_SEQUENCES = 8
 
 
 class World(Protocol):
@@ -52,8 +51,9 @@ class World(Protocol):
         """Bring weights to the student's servers; return metrics. Must exhaust `weights`."""
         ...
 
-    def served_logprobs(self, samples: Sequence[Sample]) -> list[float] | None:
-        """Return the served student's log-probability of every response token at T = 1; None without servers."""
+    def probe(self) -> list[tuple[Sample, tuple[float, ...]]]:
+        """Sample a few short responses from the served student, with the log-probabilities it reports for them at the
+        rollout temperature; empty without servers."""
         ...
 
     def evaluate(self) -> dict[str, Any] | None:
@@ -72,8 +72,6 @@ class Handout:
     steps: list[StepBatch]
     audits: dict[str, StepBatch]
     """The same trajectories along y_o and along y_r, to compare the teacher's signal without training."""
-    probe: MicroBatch | None
-    """A few responses whose log-probabilities trainer and server must agree on after the update."""
     num_samples: int
     num_tokens: int
     """Tokens of both streams over all steps, without padding."""
@@ -138,7 +136,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any] | None:
         """Train to the end; return the final evaluation (on rank 0)."""
-        self._publish(probe=None, samples=[])
+        self._publish()
         if self.progress.iteration == 0:
             self.progress.before = self._evaluate()
         after: dict[str, Any] | None = None
@@ -156,7 +154,6 @@ class Trainer:
     def _iterate(self) -> dict[str, float]:
         """Roll out, refine, distill, publish."""
         metrics: dict[str, float] = {}
-        samples: list[Sample] = []
 
         def prepare() -> Handout:
             assert self.world is not None  # rank 0
@@ -165,8 +162,7 @@ class Trainer:
             for stage, seconds in self.world.stage_seconds().items():
                 self.clock.note(f"rollout, {stage}", seconds)
                 metrics[f"rollout/{stage}_s"] = seconds
-            samples.extend(self._samples(trajectories, metrics))
-            return self._pack(trajectories, samples)
+            return self._pack(trajectories, self._samples(trajectories, metrics))
 
         with self.clock("rollout"):
             handout = run_on_rank_zero(prepare, self.handout_group)
@@ -181,7 +177,7 @@ class Trainer:
         if self.progress.iteration == 1:
             self.progress.first = dict(metrics)
         with self.clock("publish"):
-            metrics |= self._publish(handout.probe, samples[:PROBE_SEQUENCES])
+            metrics |= self._publish()
         return metrics
 
     def _save(self) -> None:
@@ -205,8 +201,7 @@ class Trainer:
         return samples
 
     def _pack(self, trajectories: Sequence[Trajectory], samples: Sequence[Sample]) -> Handout:
-        data, parallel = self.config.data, self.config.parallel
-        multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        data = self.config.data
 
         def packed(chosen: Sequence[Sample], num_steps: int) -> list[StepBatch]:
             return pack(
@@ -214,7 +209,7 @@ class Trainer:
                 num_steps=num_steps,
                 dp_size=self.groups.dp_size,
                 max_tokens=data.max_tokens_per_micro_batch,
-                length_multiple=multiple,
+                length_multiple=self._length_multiple,
                 normalization=self.config.objective.loss_normalization,
             )
 
@@ -231,7 +226,6 @@ class Trainer:
         return Handout(
             steps=packed(samples, data.rollout_batch_size // data.global_batch_size) if samples else [],
             audits=audits,
-            probe=pack_in_order(samples[:PROBE_SEQUENCES], multiple) if samples else None,
             num_samples=len(samples),
             num_tokens=sum(sum(stream_lengths(sample)) for sample in samples),
         )
@@ -274,8 +268,8 @@ class Trainer:
 
     # ------------------------------------------------------------------ the student's servers (all ranks export)
 
-    def _publish(self, probe: MicroBatch | None, samples: Sequence[Sample]) -> dict[str, float]:
-        """Export collectively, send from rank 0, and check that trainer and server agree on the probe."""
+    def _publish(self) -> dict[str, float]:
+        """Export collectively, send from rank 0, and check that trainer and servers hold the same model."""
         weights = self.student.export()
         metrics: dict[str, float] = {}
         if self.world is None:
@@ -283,18 +277,20 @@ class Trainer:
                 pass
         else:
             metrics = self.world.publish(weights, self.progress.weight_version) | self.world.metrics()
-        if probe is not None:
-            ours = self.student.response_logprobs(probe)
-            served = self.world.served_logprobs(samples) if self.world else None
-            if served is not None:
-                gap = (ours.double().cpu() - torch.tensor(served, dtype=torch.float64)).abs()
-                metrics["weights/served_logprob_gap"] = gap.max().item()
-                if gap.max() > (0.5 if self.config.model.bf16 else 1e-3):
-                    logger.warning(
-                        "trainer and server disagree on log-probabilities of the same tokens by up to %.2g nats",
-                        gap.max(),
-                    )
-        return metrics
+        return metrics | self._compare_with_servers()
+
+    def _compare_with_servers(self) -> dict[str, float]:
+        """Compute the log-probabilities of tokens the server just sampled, and compare with what it reported."""
+        probe = run_on_rank_zero(lambda: self.world.probe() if self.world else [], self.handout_group)
+        if not probe:
+            return {}
+        batch = pack_in_order([sample for sample, _ in probe], self._length_multiple)
+        ours = self.student.response_logprobs(batch, self.config.rollout.rollout_temperature or 1.0)
+        served = torch.tensor([logprob for _, logprobs in probe for logprob in logprobs], dtype=torch.float64)
+        gap = (ours.double().cpu() - served).abs().max().item()
+        if gap > (0.5 if self.config.model.bf16 else 1e-3):
+            logger.warning("trainer and server disagree on log-probabilities of the same tokens by %.2g nats", gap)
+        return {"weights/served_logprob_gap": gap}
 
     def _evaluate(self) -> dict[str, Any] | None:
         with self.clock("evaluate"):
@@ -304,6 +300,11 @@ class Trainer:
         if self.reporter:
             times = {f"time/{stage}_s": seconds for stage, seconds in self.clock.lap().items()}
             self.reporter.report(self.progress.iteration, self.progress.step, metrics | times)
+
+    @property
+    def _length_multiple(self) -> int:
+        parallel = self.config.parallel
+        return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.progress.iteration % interval == 0

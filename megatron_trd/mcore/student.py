@@ -113,18 +113,14 @@ class Student:
             return self._run(micro_batches, teacher, forward_only=True)
 
     @torch.no_grad()
-    def response_logprobs(self, batch: MicroBatch) -> Tensor:
-        """Return the student's log-probability of every response token at T = 1: [R] fp32, on every rank."""
+    def response_logprobs(self, batch: MicroBatch, temperature: float) -> Tensor:
+        """Return the student's log-probability of every response token: [R] fp32, on every rank."""
         self.ddp.eval()
         batch = batch.to(self.groups.device)
         sequence_parallel = self.config.parallel.sequence_parallel
         pad = self.groups.tp_size if sequence_parallel else 1
-        rows = response_rows(
-            forward_stream(self.ddp, batch.student),
-            batch.student.response_positions,
-            self.groups,
-            sequence_parallel=sequence_parallel,
-        )
+        hidden = forward_stream(self.ddp, batch.student) / temperature  # the head is linear
+        rows = response_rows(hidden, batch.student.response_positions, self.groups, sequence_parallel=sequence_parallel)
         weight = self.gpt.output_weight.detach()
         output = linear_kl_div(
             rows,

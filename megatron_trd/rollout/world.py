@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_trd.config.schema import Config
 from megatron_trd.data.source import ProblemSource
 from megatron_trd.log import get_logger
-from megatron_trd.records import Sample, Trajectory
+from megatron_trd.records import Completion, Sample, Trajectory
 from megatron_trd.rollout.evaluation import evaluate
 from megatron_trd.rollout.refine import RolloutRunner, sampling_params
 from megatron_trd.rollout.renderer import Renderer
@@ -25,6 +26,7 @@ from megatron_trd.weight_sync.base import ServerError, WeightSync
 from megatron_trd.weight_sync.disk import DiskWeightSync
 
 logger = get_logger(__name__)
+PROBE_PROBLEMS, PROBE_TOKENS = 8, 64
 
 
 class World:
@@ -103,15 +105,32 @@ class World:
             return {}
         return self._loop.run_until_complete(self._sync.publish(weights, version)).metrics()
 
-    def served_logprobs(self, samples: Sequence[Sample]) -> list[float] | None:
-        """Return the served student's log-probability of every response token at T = 1; None without servers."""
-        if self._student is None:
-            return None
+    def probe(self) -> list[tuple[Sample, tuple[float, ...]]]:
+        """Sample a few short responses to held-out problems, with the log-probabilities the server reports for them."""
+        fleet = self._student
+        if fleet is None:
+            return []
+        params = replace(
+            self._sampling, max_new_tokens=min(PROBE_TOKENS, self._sampling.max_new_tokens), sampling_seed=0
+        )
+        prompts = [self._renderer.solve(problem) for problem in self._task.eval_problems(PROBE_PROBLEMS)]
 
-        async def score(fleet: SGLangFleet) -> list[tuple[float, ...]]:
-            return await asyncio.gather(*(fleet.score(s.student_prompt_ids, s.response_ids) for s in samples))
+        async def sample() -> list[Completion]:
+            return await asyncio.gather(*(fleet.generate(prompt, params) for prompt in prompts))
 
-        return [lp for sequence in self._loop.run_until_complete(score(self._student)) for lp in sequence]
+        return [
+            (
+                Sample(
+                    problem_id="probe",
+                    student_prompt_ids=prompt,
+                    teacher_prompt_ids=prompt,
+                    response_ids=completion.token_ids,
+                ),
+                completion.logprobs,
+            )
+            for prompt, completion in zip(prompts, self._loop.run_until_complete(sample()), strict=True)
+            if completion.finish_reason != "abort" and completion.token_ids
+        ]
 
     def evaluate(self) -> dict[str, Any] | None:
         """Sample held-out problems from the served student; None without servers or problems."""
