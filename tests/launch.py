@@ -48,7 +48,10 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float 
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, processes, timeout_s, Path(scratch))
+            results = _collect(pipes, processes, timeout_s, Path(scratch))
+            for process in processes:
+                process.join(20)  # lets a rank end its own children
+            return results
         finally:
             for process in processes:
                 process.kill()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_trd.mcore.groups import Groups
 from megatron_trd.mcore.student import Student
@@ -80,6 +81,8 @@ def save(root: Path, student: Student, groups: Groups, progress: dict[str, Any])
     state = _sharded_state(student, groups, is_loading=False)
     state |= {"progress": progress, "settings": _settings(student)}
     dist_checkpointing.save(state, str(directory))
+    # Megatron keeps a helper process per rank for the next save; a rank that is killed would leave it behind for ever.
+    filesystem_async._results_queue = None
     dist.barrier()
     if groups.rank == 0:
         temporary = root / f".{TRACKER}.tmp"

@@ -92,6 +92,8 @@ def _retarget_literals() -> None:
 def _redirect_torch_cuda() -> None:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    # Megatron 0.19 asks for it before it looks whether there is an event to wait for; here there is none.
+    torch.cuda.current_stream = lambda *args, **kwargs: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -66,6 +67,8 @@ def run_steps(rank, world, model, directory, lora, bf16, grid, start, stop, loss
             with open(losses, "a") as file:
                 file.write(f"{loss.item()!r} {result.grad_norm!r} {result.lr!r}\n")
     checkpoint.save(root, student, groups, {"iteration": stop, "note": "kept"})
+    helpers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    assert not helpers, f"a killed rank would leave these behind: {helpers}"
 
 
 def numbers(path: Path) -> list[list[float]]:

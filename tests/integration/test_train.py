@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -105,20 +105,19 @@ def test_killed_run_resumes_to_the_last_digit(urls, tmp_path: Path) -> None:
 
     last = random.Random(os.getpid()).randint(1, 4)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    process = subprocess.Popen(
-        [*launcher, "--nproc-per-node", "2", *command(killed, *flags)],
-        start_new_session=True,
-        cwd=ROOT,
-        env=environment(),
-    )
+    launcher += ["--nproc-per-node", "2", *command(killed, *flags)]
+    process = psutil.Popen(launcher, cwd=ROOT, env=environment())
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (killed / "metrics.jsonl").exists() and len(metrics_so_far(killed)) >= last:
             break
         time.sleep(0.02)
     assert process.poll() is None, f"the run ended before iteration {last}"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    everyone = [process, *process.children(recursive=True)]  # torchrun gives each rank a session of its own
+    assert len(everyone) >= 3
+    for one in everyone:
+        one.kill()
+    psutil.wait_procs(everyone)
     assert len(metrics_so_far(killed)) < 5
 
     succeed(trainer(killed, *flags, "--resume", "auto"))
@@ -126,8 +125,8 @@ def test_killed_run_resumes_to_the_last_digit(urls, tmp_path: Path) -> None:
     want, got = ([{tag: line[tag] for tag in compared} for line in metrics(d)] for d in (straight, killed))
     assert got == want, f"killed after iteration {last}"
     final = "weights/iter_0000005/model.safetensors"
-    one, other = load_file(straight / final), load_file(killed / final)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    ours, theirs = load_file(straight / final), load_file(killed / final)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def metrics_so_far(run_dir: Path) -> list[str]:
