@@ -1,0 +1,65 @@
+"""Ways in which Megatron-Core 0.16 fails without a word; each has cost somebody a day."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from launch import ROOT
+from megatron_trd.config.cli import parse_config
+
+LIGHT = """
+import sys
+import megatron_trd.train
+heavy = [name for name in ("torch", "megatron.core", "transformers", "aiohttp") if name in sys.modules]
+assert not heavy, heavy
+"""
+WITHOUT_PSUTIL = """
+import sys
+sys.modules["psutil"] = None
+try:
+    import megatron_trd.mcore.checkpoint
+except ImportError as error:
+    assert "psutil" in str(error)
+else:
+    raise SystemExit("imported")
+"""
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]\n{code}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_writers_of_checkpoints_can_import_the_main_again() -> None:
+    """They are spawned and import it anew: it must be guarded, and light."""
+    result = python(LIGHT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_missing_psutil_is_an_error_instead_of_a_save_that_hangs() -> None:
+    result = python(WITHOUT_PSUTIL)
+    assert result.returncode == 0, result.stderr
+    assert '"psutil"' in (ROOT / "setup.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        # Selective recompute of norms needs Transformer Engine and fails in the backward pass without it.
+        (["--recompute-granularity", "selective"], "--recompute-granularity selective: use one of none, full"),
+        # Without Transformer Engine Megatron ignores fp8 and trains in plain precision.
+        (["--fp8-format", "hybrid"], "--fp8-format: unknown flag"),
+        (["--pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size 2: pipeline parallelism is not"),
+        (
+            ["--context-parallel-size", "2"],
+            "--context-parallel-size 2: context parallelism is not supported yet; use 1",
+        ),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_start(flags, message, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["--hf-checkpoint", "x", "--trajectories", "y", *flags])
+    assert message in capsys.readouterr().err
