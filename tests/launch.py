@@ -79,7 +79,15 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command from the project's root in a process group of its own; see `torchrun`."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | dict(env or {})
+    variables = (
+        os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # also on a machine with CUDA: two ranks cannot share one GPU
+        }
+        | dict(env or {})
+    )
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=out, stderr=err, text=True, start_new_session=True

@@ -7,5 +7,6 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 venv="$(bash "$root/tools/setup_env.sh")"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_DEVICE_MAX_CONNECTIONS=1
+# CUDA_VISIBLE_DEVICES: on the CPU also where there is a GPU, which two ranks could not share.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_DEVICE_MAX_CONNECTIONS=1 CUDA_VISIBLE_DEVICES=
 exec "$venv/bin/python" "$root/examples/quickstart_cpu/quickstart.py" "$@"

@@ -75,7 +75,9 @@ def test_quickstart_learns(tmp_path: Path) -> None:
     assert sum(summary["outcomes"].values()) == 128
     assert summary["outcomes"]["pass_pass"] + summary["outcomes"]["pass_fail"] == round(128 * summary["y_o_pass"])
     assert summary["epistemic_mass"]["y_o"] > 10 * summary["epistemic_mass"]["y_r"]
-    assert {"rollout", "train", "publish", "evaluate", "diagnose", "checkpoint"} <= summary["seconds"].keys()
+    seconds = summary["seconds"]
+    assert {"rollout", "train", "publish", "evaluate", "diagnose", "checkpoint"} <= seconds.keys()
+    assert 0 < seconds["rollout, y_o"] + seconds["rollout, y_r"] <= seconds["rollout"]
     assert closing_table([summary]) in out
 
     lines = metrics(run_dir)
