@@ -59,6 +59,7 @@ class Student:
         """
         self.config, self.groups = config, groups
         self._vocab_size = vocab_size
+        self._sequence_parallel = config.parallel.sequence_parallel
         self._epistemic_ids = torch.tensor(sorted(epistemic_ids), dtype=torch.int64, device=groups.device)
         parallel = config.parallel
         lora = config.lora if config.lora.lora_rank > 0 else None
@@ -117,10 +118,8 @@ class Student:
         """Return the student's log-probability of every response token: [R] fp32, on every rank."""
         self.ddp.eval()
         batch = batch.to(self.groups.device)
-        sequence_parallel = self.config.parallel.sequence_parallel
-        pad = self.groups.tp_size if sequence_parallel else 1
         hidden = forward_stream(self.ddp, batch.student) / temperature  # the head is linear
-        rows = response_rows(hidden, batch.student.response_positions, self.groups, sequence_parallel=sequence_parallel)
+        rows = self._response_rows(hidden, batch)
         weight = self.gpt.output_weight.detach()
         output = linear_kl_div(
             rows,
@@ -128,11 +127,11 @@ class Student:
             rows,
             weight,
             vocab_size=self._vocab_size,
-            token_weight=pad_rows(batch.token_weight, pad),
-            labels=pad_rows(batch.response_ids, pad),
+            token_weight=self._padded(batch.token_weight),
+            labels=self._padded(batch.response_ids),
             stats=("student_logprob",),
             tp_group=self.groups.tp,
-            sequence_parallel=sequence_parallel,
+            sequence_parallel=self._sequence_parallel,
         )
         return output.stats["student_logprob"][: batch.response_ids.numel()]
 
@@ -157,27 +156,31 @@ class Student:
     def _loss(
         self, hidden: Tensor, teacher_rows: Tensor, teacher_weight: Tensor, batch: MicroBatch
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        sequence_parallel = self.config.parallel.sequence_parallel
-        pad = self.groups.tp_size if sequence_parallel else 1
-        weight = pad_rows(batch.token_weight, pad)
+        weight = self._padded(batch.token_weight)
         output = distillation_loss(
             self.config.objective,
-            student_rows=response_rows(
-                hidden, batch.student.response_positions, self.groups, sequence_parallel=sequence_parallel
-            ),
+            student_rows=self._response_rows(hidden, batch),
             student_weight=self.gpt.output_weight,
             teacher_rows=teacher_rows,
             teacher_weight=teacher_weight,
             vocab_size=self._vocab_size,
             token_weight_R=weight,
-            response_ids_R=pad_rows(batch.response_ids, pad),
+            response_ids_R=self._padded(batch.response_ids),
             epistemic_ids=self._epistemic_ids,
             tp_group=self.groups.tp,
-            sequence_parallel=sequence_parallel,
+            sequence_parallel=self._sequence_parallel,
         )
-        sums = diagnostic_sums(output, weight, pad_rows(batch.y_o_correct, pad), self.config.objective.token_clip)
+        sums = diagnostic_sums(output, weight, self._padded(batch.y_o_correct), self.config.objective.token_clip)
         num_tokens = torch.ones((), dtype=torch.int, device=hidden.device)
         return output.loss, num_tokens, {"sums": sums}
+
+    def _response_rows(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        positions = batch.student.response_positions
+        return response_rows(hidden, positions, self.groups, sequence_parallel=self._sequence_parallel)
+
+    def _padded(self, values: Tensor) -> Tensor:
+        """Pad [R] to the length that `response_rows` deals out."""
+        return pad_rows(values, self.groups.tp_size) if self._sequence_parallel else values
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the student's weights under Hugging Face names, adapters merged. Every rank must exhaust it."""
