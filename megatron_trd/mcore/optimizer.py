@@ -51,6 +51,8 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=max(total_steps, 1),
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run follows its flags: more iterations, another rate
     )
     return optimizer, scheduler
 

@@ -91,8 +91,8 @@ def test_spawn_tells_who_failed() -> None:
 def test_spawn_ends_ranks_that_hang_and_shows_where() -> None:
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"(?s)ranks .*1.* not done.*in _hang"):
-        spawn(_hang, 2, timeout_s=4)
-    assert time.monotonic() - start < 20
+        spawn(_hang, 2, timeout_s=10)
+    assert time.monotonic() - start < 60
 
 
 def test_torchrun_returns_output_and_exit_code(tmp_path: Path) -> None:

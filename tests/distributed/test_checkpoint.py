@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,7 @@ def model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), tied=True)
 
 
-def run_steps(rank, world, model, directory, lora, bf16, grid, start, stop, losses):
+def run_steps(rank, world, model, directory, lora, bf16, grid, start, stop, losses, total_steps=6):
     """Steps start..stop on a grid, resuming at `start` and saving at `stop`; rank 0 appends its losses to a file."""
     from megatron_trd.data.packing import pack
     from megatron_trd.mcore import checkpoint
@@ -45,7 +46,7 @@ def run_steps(rank, world, model, directory, lora, bf16, grid, start, stop, loss
     groups = initialize_groups(config.parallel, 7, 0)
     hf = read_hf_model(model, "hf-checkpoint", groups.tp_size)
     hf = hf.padded_to(padded_vocab_size(VOCAB, 1, groups.tp_size))
-    student = Student(config, groups, hf, total_steps=6, vocab_size=VOCAB, epistemic_ids=[1])
+    student = Student(config, groups, hf, total_steps=total_steps, vocab_size=VOCAB, epistemic_ids=[1])
     teacher = build_teacher(config, groups, student.gpt, hf)
     root = Path(directory)
     if start:
@@ -107,6 +108,16 @@ def test_resumed_run_equals_uninterrupted(model, tmp_path, lora, bf16, first, se
         assert straight == split
     else:
         torch.testing.assert_close(torch.tensor(split), torch.tensor(straight), rtol=1e-4, atol=1e-7)
+
+
+def test_a_resumed_run_may_be_longer(model, tmp_path) -> None:
+    common = (str(model), str(tmp_path / "run"), FULL, False, {})
+    spawn(run_steps, 1, *common, 0, 2, str(tmp_path / "short.txt"), timeout_s=200)
+    spawn(run_steps, 1, *common, 2, 3, str(tmp_path / "long.txt"), 20, timeout_s=200)
+    ((_, _, lr),) = numbers(tmp_path / "long.txt")
+    warmup, total = 2, 20  # the third step of the new schedule
+    cosine = 0.5 * (1 + math.cos(math.pi * (3 - warmup) / (total - warmup)))
+    assert lr == pytest.approx(5e-4 + (5e-3 - 5e-4) * cosine, rel=1e-6)
 
 
 def test_another_optimizer_layout_is_refused(model, tmp_path) -> None:
