@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Tas
         )
         if config.data.task not in tasks:
             raise ValueError(f"--task {config.data.task}: unknown; use one of {', '.join(sorted(tasks))}")
+        if not extras.dry_run and "RANK" not in os.environ:
+            raise ValueError("start it with torchrun --nproc-per-node N -m megatron_trd.train ..., or add --dry-run")
         # Not at the top: the processes that write checkpoints import this module anew, and need none of it.
         from megatron_trd import job
 

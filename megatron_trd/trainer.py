@@ -53,7 +53,7 @@ class World(Protocol):
 
     def probe(self) -> list[tuple[Sample, tuple[float, ...]]]:
         """Sample a few short responses from the served student, with the log-probabilities it reports for them at the
-        rollout temperature; empty without servers."""
+        rollout temperature; empty if every request failed."""
         ...
 
     def evaluate(self) -> dict[str, Any] | None:
@@ -270,6 +270,8 @@ class Trainer:
 
     def _publish(self) -> dict[str, float]:
         """Export collectively, send from rank 0, and check that trainer and servers hold the same model."""
+        if not self.config.rollout.student_urls:
+            return {}
         weights = self.student.export()
         metrics: dict[str, float] = {}
         if self.world is None:

@@ -99,17 +99,13 @@ class World:
 
     def publish(self, weights: Iterable[tuple[str, Tensor]], version: str) -> dict[str, float]:
         """Bring weights to the student's servers; return metrics. Exhausts `weights`."""
-        if self._sync is None:
-            for _ in weights:  # making them is collective: the other ranks count on it
-                pass
-            return {}
+        assert self._sync is not None, "there are no servers to publish to"
         return self._loop.run_until_complete(self._sync.publish(weights, version)).metrics()
 
     def probe(self) -> list[tuple[Sample, tuple[float, ...]]]:
         """Sample a few short responses to held-out problems, with the log-probabilities the server reports for them."""
         fleet = self._student
-        if fleet is None:
-            return []
+        assert fleet is not None, "there are no servers to probe"
         params = replace(
             self._sampling, max_new_tokens=min(PROBE_TOKENS, self._sampling.max_new_tokens), sampling_seed=0
         )

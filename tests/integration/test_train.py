@@ -200,6 +200,13 @@ def test_server_that_is_down(tmp_path: Path) -> None:
     assert "http://127.0.0.1:9" in result.stderr
 
 
+def test_start_without_torchrun(tmp_path: Path) -> None:
+    flags = ["--trajectories", "none", *ONE]
+    refused(
+        run([sys.executable, *command(tmp_path, *flags)], env={"PYTHONPATH": environment()["PYTHONPATH"]}), "torchrun"
+    )
+
+
 def test_missing_checkpoint(tmp_path: Path) -> None:
     flags = ["--student-urls", "http://x", "--teacher-urls", "http://x", "--resume", "require", *QUICK, *ONE]
     refused(trainer(tmp_path, *flags, nproc=1), "error: --resume require: there is no checkpoint in")
