@@ -201,10 +201,8 @@ def test_server_that_is_down(tmp_path: Path) -> None:
 
 
 def test_start_without_torchrun(tmp_path: Path) -> None:
-    flags = ["--trajectories", "none", *ONE]
-    refused(
-        run([sys.executable, *command(tmp_path, *flags)], env={"PYTHONPATH": environment()["PYTHONPATH"]}), "torchrun"
-    )
+    result = run([sys.executable, *command(tmp_path, "--trajectories", "t.jsonl")])
+    refused(result, "error: start it with torchrun --nproc-per-node N")
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
