@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -49,7 +49,8 @@ class LoRALinear(torch.nn.Module):
     tp_dims: dict[str, int]
     """Dimension that tensor parallelism splits, by parameter; the others are replicated."""
 
-    def _add_adapter(self, in_features: int, out_features: int, split: dict[str, int]) -> None:
+    def _add_adapter(self, fan_in: int, in_features: int, out_features: int, split: dict[str, int]) -> None:
+        """Add A ~ U(-1, 1) / sqrt(fan_in), whose whole width `fan_in` is, and B = 0; features are this rank's."""
         rank, weight = self.lora.lora_rank, self.weight
         self.lora_a = torch.nn.Parameter(weight.new_empty(rank, in_features))
         self.lora_b = torch.nn.Parameter(weight.new_zeros(out_features, rank))
@@ -62,11 +63,8 @@ class LoRALinear(torch.nn.Module):
             else:  # each rank sees its own tokens only: Megatron must sum the gradient
                 parameter.sequence_parallel = self.config.sequence_parallel
         # A split parameter is drawn per rank, a replicated one must be equal on all ranks.
-        if "lora_a" in split:
-            with get_cuda_rng_tracker().fork():
-                torch.nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        else:
-            torch.nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        with get_cuda_rng_tracker().fork() if "lora_a" in split else nullcontext():
+            torch.nn.init.uniform_(self.lora_a, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def _dropped(self, x: Tensor, *, differs_by_rank: bool) -> Tensor:
         """Dropout with the same mask on all tensor-parallel ranks where they hold the same activations."""
@@ -109,7 +107,7 @@ def column_with_lora(base: Any, lora: LoraConfig) -> type:
         def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
             super().__init__(input_size, output_size, **kwargs)
             self.lora, self.tp_dims = lora, {"weight": 0, "bias": 0}
-            self._add_adapter(input_size, self.weight.size(0), {"lora_b": 0})
+            self._add_adapter(input_size, input_size, self.weight.size(0), {"lora_b": 0})
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             out, bias = super().forward(x, *args, **kwargs)
@@ -134,7 +132,7 @@ def row_with_lora(base: Any, lora: LoraConfig) -> type:
         def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
             super().__init__(input_size, output_size, **kwargs)
             self.lora, self.tp_dims = lora, {"weight": 1}
-            self._add_adapter(self.weight.size(1), output_size, {"lora_a": 1})
+            self._add_adapter(input_size, self.weight.size(1), output_size, {"lora_a": 1})
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             out, bias = super().forward(x, *args, **kwargs)

@@ -148,3 +148,24 @@ def check_recompute(rank: int, world: int, root: str, lora_rank: int) -> None:
 def test_recomputed_gradients_equal_kept_ones(models: Path, world: int, lora_rank: int) -> None:
     """With a frozen embedding, recompute silently gave zero gradients to adapters."""
     spawn(check_recompute, world, str(models), lora_rank, timeout_s=120)
+
+
+def check_adapter_start(rank: int, world: int, root: str) -> None:
+    from megatron_trd.mcore import hf_weights
+    from megatron_trd.mcore.groups import initialize_groups
+
+    groups = initialize_groups(ParallelConfig(tensor_model_parallel_size=world), 1, 0)
+    gpt = load_model(Path(root) / "qwen3-True", groups, False, lora=LoraConfig(lora_rank=64))
+    for name, tensor in hf_weights.export_adapter(gpt, groups):
+        if "lora_B" in name:
+            assert not tensor.any()
+            continue
+        bound = tensor.size(1) ** -0.5  # PEFT's: Kaiming uniform with a = sqrt(5), over the whole input width
+        assert 0.95 * bound < tensor.abs().max() <= bound, name
+        if "o_proj" in name or "down_proj" in name:  # split by input: ranks must not draw the same numbers
+            first, second = tensor.chunk(2, 1)
+            assert not torch.equal(first, second)
+
+
+def test_adapters_start_as_in_peft_at_any_tensor_parallelism(models: Path) -> None:
+    spawn(check_adapter_start, 2, str(models), timeout_s=120)
