@@ -47,6 +47,7 @@ class SGLangFleet:
         retries: int = 3,
         max_concurrent_requests: int = 512,
         first_backoff_s: float = 0.5,
+        server_timeout_s: float = 60.0,
     ) -> None:
         """Remember the settings; nothing is sent.
 
@@ -55,9 +56,11 @@ class SGLangFleet:
             retries: further tries after a failed one, on another server where there is one.
             max_concurrent_requests: requests in flight over all servers.
             first_backoff_s: pause before the first retry; doubles with each.
+            server_timeout_s: how long `wait_healthy` waits unless it is told otherwise.
         """
         self._urls = tuple(dict.fromkeys(urls))
         self.request_timeout_s, self.retries, self.first_backoff_s = request_timeout_s, retries, first_backoff_s
+        self.server_timeout_s = server_timeout_s
         self.servers: list[Server] = []
         self.expected_version: str | None = None
         """Completions of any other version are thrown away; None until the first update: any version is right."""
@@ -75,6 +78,7 @@ class SGLangFleet:
             request_timeout_s=rollout.request_timeout_s,
             retries=rollout.request_retries,
             max_concurrent_requests=rollout.max_concurrent_requests,
+            server_timeout_s=rollout.server_timeout_s,
         )
 
     async def __aenter__(self) -> SGLangFleet:
@@ -200,13 +204,13 @@ class SGLangFleet:
             await asyncio.wait(self._probes, return_when=asyncio.FIRST_COMPLETED)
         return min(ready, key=lambda s: (s is avoid, s.num_in_flight), default=None)
 
-    async def wait_healthy(self, deadline_s: float = 60.0) -> None:
+    async def wait_healthy(self, deadline_s: float | None = None) -> None:
         """Wait until every server is READY.
 
         Raises:
             ServerError: some were not in time; the message names each, what was seen and what to do.
         """
-        end = time.monotonic() + deadline_s
+        end = time.monotonic() + (self.server_timeout_s if deadline_s is None else deadline_s)
         while True:
             await asyncio.gather(*(self._probe(s) for s in self.servers if s.state is not ServerState.READY))
             waiting = [s for s in self.servers if s.state is not ServerState.READY]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import launch
 from megatron_trd import evaluate, generate
 from megatron_trd.config.schema import Config, DataConfig, MethodConfig, ModelConfig, RolloutConfig
 from megatron_trd.records import Trajectory
@@ -107,3 +109,10 @@ def test_mains(server: str, student_dir: Path, tmp_path: Path, capsys: pytest.Ca
         with pytest.raises(SystemExit) as exit_:
             main(flags)
         assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_evaluate_waits_for_servers_no_longer_than_told(student_dir: Path) -> None:
+    """Far below the default of a minute: a flag that is ignored runs into this test's own deadline."""
+    flags = ["--hf-checkpoint", str(student_dir), "--student-urls", "http://127.0.0.1:9", "--server-timeout-s", "0"]
+    result = launch.run([sys.executable, "-m", "megatron_trd.evaluate", *flags], timeout_s=45)
+    assert result.returncode != 0 and "http://127.0.0.1:9 is down" in result.stderr
