@@ -20,7 +20,7 @@ from megatron_trd.rollout.refine import sampling_params
 from megatron_trd.rollout.renderer import Renderer
 from megatron_trd.rollout.sglang import SGLangFleet
 from megatron_trd.rollout.vocabulary import load_tokenizer
-from megatron_trd.tasks import TASKS
+from megatron_trd.tasks import TASKS, make_task
 from megatron_trd.tasks.base import Task
 from megatron_trd.weight_sync.base import ServerError
 
@@ -73,12 +73,11 @@ def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Tas
             description="Sample held-out problems and score the responses.",
             extra={"output": (str | None, None, "JSON file for the scores and all verdicts.")},
         )
-        if config.data.task not in tasks:
-            raise ValueError(f"--task {config.data.task}: unknown; use one of {', '.join(sorted(tasks))}")
+        task = make_task(config.data.task, tasks)
         if config.eval.eval_num_problems == 0:
             raise ValueError("--eval-num-problems 0: give at least 1")
         try:
-            result = asyncio.run(run(config, tasks[config.data.task]()))
+            result = asyncio.run(run(config, task))
         except ServerError as error:
             sys.exit(f"error: {error}")
     if extras.output:

@@ -23,7 +23,7 @@ from megatron_trd.rollout.renderer import Renderer
 from megatron_trd.rollout.sglang import SGLangFleet
 from megatron_trd.rollout.trajectory_file import TrajectoryWriter
 from megatron_trd.rollout.vocabulary import load_tokenizer
-from megatron_trd.tasks import TASKS
+from megatron_trd.tasks import TASKS, make_task
 from megatron_trd.tasks.base import Task
 from megatron_trd.weight_sync.base import ServerError
 
@@ -114,11 +114,10 @@ def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Tas
         )
         if not extras.output:
             raise ValueError("--output (unset): give the JSONL file to write")
-        if config.data.task not in tasks:
-            raise ValueError(f"--task {config.data.task}: unknown; use one of {', '.join(sorted(tasks))}")
+        task = make_task(config.data.task, tasks)
         num_problems = extras.num_problems or config.data.num_iterations * config.data.rollout_batch_size
         try:
-            num_failed = asyncio.run(generate(config, tasks[config.data.task](), extras.output, num_problems))
+            num_failed = asyncio.run(generate(config, task, extras.output, num_problems))
         except ServerError as error:
             sys.exit(f"error: {error}")
     if num_failed:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megatron_trd.config.cli import exit_on_value_error, parse_config
 from megatron_trd.log import configure
-from megatron_trd.tasks import TASKS
+from megatron_trd.tasks import TASKS, make_task
 from megatron_trd.tasks.base import Task
 
 DRY_RUN = "Print the resolved configuration, the grid of ranks and the memory plan, and stop. Needs no GPU."
@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Tas
         config, extras = parse_config(
             argv, description="Trajectory-refined distillation.", extra={"dry_run": (bool, False, DRY_RUN)}
         )
-        if config.data.task not in tasks:
-            raise ValueError(f"--task {config.data.task}: unknown; use one of {', '.join(sorted(tasks))}")
+        task = make_task(config.data.task, tasks)
         if not extras.dry_run and "RANK" not in os.environ:
             raise ValueError("start it with torchrun --nproc-per-node N -m megatron_trd.train ..., or add --dry-run")
         # Not at the top: the processes that write checkpoints import this module anew, and need none of it.
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Tas
         if extras.dry_run:
             print(job.describe(config, world_size) if rank == 0 else "", end="")
         else:
-            job.run(config, tasks[config.data.task](), rank, int(os.environ.get("LOCAL_RANK", "0")))
+            job.run(config, task, rank, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 if __name__ == "__main__":

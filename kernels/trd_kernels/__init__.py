@@ -5,5 +5,6 @@ from __future__ import annotations
 from trd_kernels.linear_divergence import LinearKLDivLoss, linear_kl_div
 from trd_kernels.output import LinearKLDivOutput
 from trd_kernels.reference import linear_kl_div_reference
+from trd_kernels.statistics_request import STATISTICS
 
-__all__ = ["LinearKLDivLoss", "LinearKLDivOutput", "linear_kl_div", "linear_kl_div_reference"]
+__all__ = ["STATISTICS", "LinearKLDivLoss", "LinearKLDivOutput", "linear_kl_div", "linear_kl_div_reference"]

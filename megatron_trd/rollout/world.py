@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.source import ProblemSource
-from megatron_trd.log import get_logger
 from megatron_trd.records import Completion, Sample, Trajectory
 from megatron_trd.rollout.evaluation import evaluate
 from megatron_trd.rollout.refine import RolloutRunner, sampling_params
@@ -25,7 +25,6 @@ from megatron_trd.tasks.base import Task
 from megatron_trd.weight_sync.base import ServerError, WeightSync
 from megatron_trd.weight_sync.disk import DiskWeightSync
 
-logger = get_logger(__name__)
 PROBE_PROBLEMS, PROBE_TOKENS = 8, 64
 
 
@@ -80,9 +79,8 @@ class World:
         )
 
     async def _fleet(self, urls: Sequence[str]) -> SGLangFleet:
-        rollout = self._config.rollout
-        fleet = await self._open.enter_async_context(SGLangFleet.from_config(urls, rollout))
-        await fleet.wait_healthy(rollout.server_timeout_s)
+        fleet = await self._open.enter_async_context(SGLangFleet.from_config(urls, self._config.rollout))
+        await fleet.wait_healthy()
         return fleet
 
     def trajectories(self, iteration: int, cursor: int) -> list[Trajectory]:
@@ -109,7 +107,7 @@ class World:
         params = replace(
             self._sampling, max_new_tokens=min(PROBE_TOKENS, self._sampling.max_new_tokens), sampling_seed=0
         )
-        prompts = [self._renderer.solve(problem) for problem in self._task.eval_problems(PROBE_PROBLEMS)]
+        prompts = self._probe_prompts
 
         async def sample() -> list[Completion]:
             return await asyncio.gather(*(fleet.generate(prompt, params) for prompt in prompts))
@@ -127,6 +125,10 @@ class World:
             for prompt, completion in zip(prompts, self._loop.run_until_complete(sample()), strict=True)
             if completion.finish_reason != "abort" and completion.token_ids
         ]
+
+    @cached_property
+    def _probe_prompts(self) -> list[tuple[int, ...]]:
+        return [self._renderer.solve(problem) for problem in self._task.eval_problems(PROBE_PROBLEMS)]
 
     def evaluate(self) -> dict[str, Any] | None:
         """Sample held-out problems from the served student; None without servers or problems."""
