@@ -1,8 +1,4 @@
-"""The divergences, column by column: values that stay exact near zero, and gradients with respect to logits.
-
-Notation: p teacher, q student, r = log(q / p). Values are sums of terms that are each non-negative (the linear
-part `sum(q - p) = 0` is added to every term), so neither a row nor a sum over ranks cancels.
-"""
+"""Which divergence, and the numbers per row that turn logits into probabilities. p teacher, q student, r = log(q/p)."""
 
 from __future__ import annotations
 
@@ -10,18 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from trd_kernels.checks import require
+from trd_kernels.softmax_sums import merge_softmax_sums
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mixed")
 TOP_K_MODES = ("renorm_both", "renorm_teacher", "tail_bucket")
-
-_SERIES_RADIUS = 0.25
-_SERIES_DEGREE = {torch.float32: 8, torch.float64: 13}
-# Beyond it exp(r) dwarfs 1 + r and could overflow, so q = p * exp(r) is used instead.
-_LARGE_RATIO = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +100,9 @@ class RowNorms(NamedTuple):
     """Teacher mean of z_S - z_T."""
 
     @classmethod
-    def of(cls, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> RowNorms:
-        """Combine the merged softmax sums of both sides."""
+    def of(cls, gathered: dict[str, Tensor]) -> RowNorms:
+        """Combine the softmax sums of both sides, `[ranks, C]` each."""
+        student, teacher = (merge_softmax_sums(side, gathered) for side in ("student", "teacher"))
         # The difference of maxima is exact for close logits; a difference of two lse would round at their size.
         log_ratio = (student["max"] - teacher["max"]) + (student["log_sum"] - teacher["log_sum"])
         return cls(
@@ -138,113 +130,3 @@ def first_pass_value(spec: Divergence, norms: RowNorms) -> Tensor:
         weight = 1.0 - spec.beta if spec.name == "mixed" else 1.0
         parts.append(weight * (norms.student_delta - norms.log_ratio))
     return sum(parts[1:], parts[0]).squeeze(1)
-
-
-def row_extra(spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> dict[str, Tensor]:
-    """Return this rank's part of the extra row sum and of the value, `[R]` each, for `needs_extra` divergences."""
-    p, q, r = _probabilities(z_student, z_teacher, norms)
-    if spec.name == "jsd":
-        to_student, to_teacher = _mixture_log_ratios(r, spec.beta)
-        value = _jsd_value(p, q, to_student, to_teacher, spec.beta)
-        return {"extra": (1.0 - spec.beta) * torch.linalg.vecdot(q, to_student), "value": value}
-    assert spec.entry_clip is not None
-    excess, capped = _entry_excess(p, r, spec.entry_clip)
-    return {"extra": torch.where(capped, p, 0.0).sum(1), "value": _bregman(p, q, r).sum(1) - excess.sum(1)}
-
-
-def row_divergence(
-    spec: Divergence,
-    z_student: Tensor,
-    z_teacher: Tensor,
-    norms: RowNorms,
-    *,
-    extra: Tensor | None,
-    gradient_scale: Tensor | None,
-) -> Tensor:
-    """Return this rank's part of the value of each row, `[R]`.
-
-    With `gradient_scale` `[R, 1]`, overwrite `z_student` by the gradient with respect to it, times that scale.
-    `extra` `[R, 1]` is the merged row sum of `row_extra`.
-    """
-    p, q, r = _probabilities(z_student, z_teacher, norms)
-    gradient = None
-    if spec.name == "forward_kl":
-        value = _bregman(p, q, r).sum(1)
-        if spec.entry_clip is not None:
-            value -= _entry_excess(p, r, spec.entry_clip)[0].sum(1)
-        if gradient_scale is not None:
-            gradient = _forward_gradient(spec, p, q, r, extra)
-    elif spec.name == "reverse_kl":
-        value = _bregman(q, p, -r).sum(1)
-        if gradient_scale is not None:
-            gradient = _reverse_gradient(q, z_student, z_teacher, norms)
-    elif spec.name == "mixed":
-        value = spec.beta * _bregman(p, q, r).sum(1) + (1.0 - spec.beta) * _bregman(q, p, -r).sum(1)
-        if gradient_scale is not None:
-            gradient = spec.beta * _forward_gradient(spec, p, q, r, None)
-            gradient += (1.0 - spec.beta) * _reverse_gradient(q, z_student, z_teacher, norms)
-    else:
-        to_student, to_teacher = _mixture_log_ratios(r, spec.beta)
-        value = _jsd_value(p, q, to_student, to_teacher, spec.beta)
-        if gradient_scale is not None:
-            assert extra is not None
-            gradient = q * ((1.0 - spec.beta) * to_student - extra)
-    if gradient is not None and gradient_scale is not None:
-        torch.mul(gradient, gradient_scale, out=z_student)
-    return value
-
-
-def _probabilities(z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> tuple[Tensor, Tensor, Tensor]:
-    p = (z_teacher - norms.teacher_max).exp_().div_(norms.teacher_sum)
-    q = (z_student - norms.student_max).exp_().div_(norms.student_sum)
-    return p, q, (z_student - z_teacher).sub_(norms.log_ratio)
-
-
-def _bregman(p: Tensor, q: Tensor, r: Tensor) -> Tensor:
-    """Return `p * (exp(r) - 1 - r)` for `r = log(q / p)`: non-negative, relatively exact for every r."""
-    degree = _SERIES_DEGREE[r.dtype]
-    small = torch.full_like(r, 1.0 / math.factorial(degree))
-    for power in range(degree - 1, 1, -1):
-        small.mul_(r).add_(1.0 / math.factorial(power))
-    small.mul_(r).mul_(r)
-    body = torch.where(r.abs() < _SERIES_RADIUS, small, torch.expm1(r).sub_(r)).mul_(p)
-    return torch.where(r > _LARGE_RATIO, q - p - p * r, body)
-
-
-def _forward_gradient(spec: Divergence, p: Tensor, q: Tensor, r: Tensor, capped_mass: Tensor | None) -> Tensor:
-    """Return the gradient of the forward KL.
-
-    Under an entry clip, capped entries leave the sum: their p no longer pulls, and q is pulled by the rest only.
-    """
-    gradient = q - p
-    if spec.entry_clip is not None and capped_mass is not None:
-        capped = _entry_excess(p, r, spec.entry_clip)[1]
-        gradient += torch.where(capped, p, 0.0) - q * capped_mass
-    return gradient
-
-
-def _reverse_gradient(q: Tensor, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Tensor:
-    """Return the gradient of the reverse KL, `q (r - mean of r)`: the log-ratio of the sums cancels and is left out."""
-    assert norms.student_delta is not None
-    return (z_student - z_teacher).sub_(norms.student_delta).mul_(q)
-
-
-def _entry_excess(p: Tensor, r: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Return how far each entry p log(p / q) lies above the clip, and which entries do."""
-    excess = (-p * r).sub_(clip)
-    capped = excess >= 0
-    return excess.clamp_(min=0.0), capped
-
-
-def _mixture_log_ratios(r: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Return log(q / m) and log(p / m) for m = beta p + (1 - beta) q, from r alone (p or q may have underflowed)."""
-    limit = math.log(torch.finfo(r.dtype).max) - 8.0
-    r = r.clamp(-limit, limit)
-    to_student = torch.expm1(-r).mul_(beta).log1p_().neg_()
-    to_teacher = torch.expm1(r).mul_(1.0 - beta).log1p_().neg_()
-    return to_student, to_teacher
-
-
-def _jsd_value(p: Tensor, q: Tensor, to_student: Tensor, to_teacher: Tensor, beta: float) -> Tensor:
-    m = beta * p + (1.0 - beta) * q
-    return beta * _bregman(p, m, -to_teacher).sum(1) + (1.0 - beta) * _bregman(q, m, -to_student).sum(1)

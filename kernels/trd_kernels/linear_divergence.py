@@ -15,18 +15,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trd_kernels.checks import require
-from trd_kernels.chunk_pass import ChunkPass, Heads
+from trd_kernels.backends import choose_backend
+from trd_kernels.checks import check_heads, check_tokens, check_weight_out, refuse_head_options, require
+from trd_kernels.chunk_pass import ChunkPass
 from trd_kernels.divergence import Divergence
+from trd_kernels.gradients import Gradients
+from trd_kernels.heads import Heads, HeadTensors
 from trd_kernels.output import LinearKLDivOutput
 from trd_kernels.statistics_request import StatisticsRequest
-from trd_kernels.token_chunks import TokenChunks
+from trd_kernels.token_chunks import TokenChunk
 from trd_kernels.vocab_parallel import VocabShard
-
-BACKENDS = ("auto", "torch")
-DEFAULT_WORKSPACE_MB = 1024
+from trd_kernels.workspace import DEFAULT_MB, ChunkSizes
 
 
+@torch.compiler.disable  # the loop is eager by design: a graph of it would be unrolled and rounded differently
 def linear_kl_div(
     student_input: Tensor,
     student_weight: Tensor,
@@ -46,12 +48,19 @@ def linear_kl_div(
     labels: Tensor | None = None,
     token_set: Tensor | None = None,
     stats: Sequence[str] = (),
+    return_top_k: int = 0,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     grad_reduce_dtype: torch.dtype = torch.float32,
-    workspace_mb: float = DEFAULT_WORKSPACE_MB,
-    chunk: int | None = None,
+    overlap_grad_reduce: bool = False,
+    grad_weight_out: Tensor | None = None,
+    grad_weight_factor: float | None = None,
+    workspace_mb: float | None = None,
+    chunk: int | tuple[int, int] | None = None,
     backend: str = "auto",
+    bias: None = None,
+    logit_scale: None = None,
+    logit_softcap: None = None,
 ) -> LinearKLDivOutput:
     """Distil the head `teacher_input @ teacher_weight.T` into `student_input @ student_weight.T`.
 
@@ -77,18 +86,30 @@ def linear_kl_div(
         labels: `[N]` int64 ids for the log-probabilities in `stats` (NaN where a label is no vocabulary id).
         token_set: int64 ids for `teacher_mass`.
         stats: Any of `student_logprob`, `teacher_logprob`, `student_entropy`, `teacher_entropy`, `argmax_match`,
-            `teacher_mass`: all at temperature 1 over the full vocabulary, whatever the divergence does.
+            `teacher_mass`: all at temperature 1 over the full vocabulary, whatever the divergence does; and
+            `divergence`, the token's value before `token_clip`, for its quantiles.
+        return_top_k: Add each side's K likeliest ids with their log-probabilities to the statistics.
         grad_reduce_dtype: Dtype of the sum of hidden-state gradients over ranks (float64 inputs: always float64).
+        overlap_grad_reduce: Let that sum run while the next chunk is worked on; costs one more `[C_g, Hs]`.
+        grad_weight_out: `[V_l, Hs]` fp32 (float64 for float64 inputs), such as Megatron's `main_grad`: the gradient of
+            `student_weight` is added to it unrounded, and `student_weight` itself receives none.
+        grad_weight_factor: The upstream gradient of `loss`, if it is known now. Chunks then add to `grad_weight_out`
+            at once, in this forward pass, and no second `[V_l, Hs]` is held; backward asserts the factor.
         workspace_mb: Bound in MiB on everything that scales with the vocabulary, except the gradient of the head.
-        chunk: Tokens per chunk instead of `workspace_mb`.
-        backend: `torch`, or `auto`, which takes the fastest that is available.
+            None = 1200 divided by the ranks of `tp_group`.
+        chunk: Tokens whose logits are held at a time, instead of `workspace_mb`; (C_l, C_g) to hold their rounded
+            gradient for C_g tokens before it is multiplied out.
+        backend: `torch`, `triton` (row kernels on the GPU; not for float64), or `auto`: triton where it can run on a
+            GPU, else torch; logged once.
+        bias, logit_scale, logit_softcap: Not supported: anything but None is refused.
 
     Returns:
         Loss (differentiable once), token losses and statistics, identical on all ranks: fp64 for fp64 inputs, or fp32.
 
     Raises:
-        ValueError: an argument that is malformed or a combination that is undefined.
+        ValueError: an argument that is malformed, a combination that is undefined, an option that is not supported.
     """
+    refuse_head_options(bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap)
     spec = Divergence(
         name=divergence,
         beta=beta,
@@ -99,7 +120,6 @@ def linear_kl_div(
         token_clip=token_clip,
         entry_clip=entry_clip,
     )
-    require(backend in BACKENDS, "backend", backend, _backend_reason(backend))
     require(
         not sequence_parallel or tp_group is not None,
         "sequence_parallel",
@@ -112,46 +132,79 @@ def linear_kl_div(
         grad_reduce_dtype,
         "must be float32 or bfloat16",
     )
-    _check_heads(student_input, student_weight, teacher_input, teacher_weight)
+    differentiable = student_input, student_weight
+    tensors = _as_autocast_would((student_input, student_weight, teacher_input, teacher_weight))
+    student_input, student_weight, teacher_input, teacher_weight = tensors
+    check_heads(*tensors)
+    check_weight_out(grad_weight_out, grad_weight_factor, differentiable[1], student_input.dtype)
+    device = student_input.device
     shard = VocabShard.of(num_rows=student_weight.shape[0], vocab_size=vocab_size, group=tp_group)
     require(teacher_top_k <= vocab_size, "teacher_top_k", teacher_top_k, f"the vocabulary has only {vocab_size} ids")
     shards = shard.world_size if sequence_parallel else 1
     num_tokens = student_input.shape[0] * shards
-    _check_tokens(token_weight, labels, num_tokens, student_input.device)
+    check_tokens(token_weight, labels, num_tokens, device)
     request = StatisticsRequest.of(
-        stats, labels=labels, token_set=token_set, vocab_size=vocab_size, shard=shard, device=student_input.device
+        stats,
+        labels=labels,
+        token_set=token_set,
+        top_k=return_top_k,
+        vocab_size=vocab_size,
+        shard=shard,
+        device=device,
     )
-    require(chunk is None or chunk >= 1, "chunk", chunk, "give a positive number of tokens")
-    require(workspace_mb > 0, "workspace_mb", workspace_mb, "give a positive number of MiB")
-
-    want_input_grad = torch.is_grad_enabled() and student_input.requires_grad
-    want_weight_grad = torch.is_grad_enabled() and student_weight.requires_grad
-    with torch.no_grad(), torch.autocast(student_input.device.type, enabled=False):
-        heads = Heads.of(student_input, student_weight, teacher_input, teacher_weight, shard.num_valid)
-        chunks = TokenChunks.plan(
-            token_weight,
-            num_tokens=num_tokens,
-            shards=shards,
-            shard=shard.rank if sequence_parallel else 0,
-            chunk=chunk or heads.rows_in(workspace_mb * 2**20, student_weight.shape[0]),
-            device=student_input.device,
-        )
-        work = ChunkPass(
-            spec=spec,
+    row_kernels = choose_backend(backend, device=device, dtype=student_input.dtype)
+    want_input_grad, want_weight_grad = (torch.is_grad_enabled() and x.requires_grad for x in differentiable)
+    kept = TokenChunk.kept(
+        token_weight,
+        num_tokens=num_tokens,
+        shards=shards,
+        shard=shard.rank if sequence_parallel else 0,
+        device=device,
+    )
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        heads = Heads.of(tensors, valid=shard.num_valid)
+        if chunk is not None:
+            sizes = ChunkSizes.given(chunk)
+        else:
+            sizes = ChunkSizes.within(
+                DEFAULT_MB / shard.world_size if workspace_mb is None else workspace_mb,
+                heads=heads,
+                rows=row_kernels,
+                columns=student_weight.shape[0],
+                with_grad=want_input_grad or want_weight_grad,
+            )
+        weight_grad = None
+        if want_weight_grad:
+            direct = grad_weight_out is not None and grad_weight_factor is not None
+            weight_grad = grad_weight_out if direct else _zeros(student_weight, heads.compute_dtype)
+        gradients = Gradients(
             heads=heads,
             shard=shard,
-            request=request,
-            chunks=chunks,
-            token_weight=token_weight,
-            num_tokens=num_tokens,
             sequence_parallel=sequence_parallel,
-            grad_reduce_dtype=grad_reduce_dtype,
-            want_input_grad=want_input_grad,
-            want_weight_grad=want_weight_grad,
+            reduce_dtype=grad_reduce_dtype,
+            overlap=overlap_grad_reduce,
+            input_grad=_zeros(student_input, heads.compute_dtype) if want_input_grad else None,
+            weight_grad=weight_grad,
+            weight_factor=1.0 if grad_weight_factor is None else grad_weight_factor,
         )
-        out = work.run()
-    if want_input_grad or want_weight_grad:
-        loss = _AttachGradients.apply(student_input, student_weight, out.loss, work.input_grad, work.weight_grad)
+        weight = student_input.new_zeros(num_tokens + 1, dtype=heads.compute_dtype)
+        weight[:-1] = 1.0 if token_weight is None else token_weight
+        out = ChunkPass(
+            spec=spec,
+            heads=heads,
+            rows=row_kernels,
+            shard=shard,
+            request=request,
+            kept=kept,
+            sizes=ChunkSizes(*(kept.rows_of_split(size) for size in sizes)),
+            gradients=gradients,
+            weight=weight,
+            sequence_parallel=sequence_parallel,
+        ).run()
+    if gradients.wanted:
+        loss = _AttachGradients.apply(
+            *differentiable, out.loss, gradients.input_grad, weight_grad, grad_weight_out, grad_weight_factor
+        )
         out = out._replace(loss=loss)
     return out
 
@@ -200,83 +253,44 @@ class _AttachGradients(torch.autograd.Function):
         loss: Tensor,
         input_grad: Tensor | None,
         weight_grad: Tensor | None,
+        weight_out: Tensor | None,
+        weight_factor: float | None,
     ) -> Tensor:
-        ctx.save_for_backward(input_grad, weight_grad)
-        ctx.dtype = student_input.dtype
+        added = weight_out is not None and weight_factor is not None
+        ctx.save_for_backward(input_grad, None if added else weight_grad)
+        ctx.dtypes = student_input.dtype, student_weight.dtype
+        # No saved tensor: it is written to between this forward pass and its backward pass.
+        ctx.weight_out, ctx.weight_factor = weight_out, weight_factor
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The product stays on the device, in the precision of the accumulation, and is rounded once.
-        scaled = (None if saved is None else (saved * grad).to(ctx.dtype) for saved in ctx.saved_tensors)
-        return (*scaled, None, None, None)
+        input_grad, weight_grad = ctx.saved_tensors
+        nothing = (None,) * 5
+        if input_grad is not None:
+            input_grad = (input_grad * grad).to(ctx.dtypes[0])
+        if ctx.weight_out is None:
+            return input_grad, None if weight_grad is None else (weight_grad * grad).to(ctx.dtypes[1]), *nothing
+        if weight_grad is not None:
+            ctx.weight_out.addcmul_(weight_grad, grad)
+        elif ctx.weight_factor is not None:
+            # Without a wait for the device: on a GPU a wrong factor surfaces at the next synchronisation.
+            same = torch.isclose(grad, torch.full_like(grad, ctx.weight_factor), rtol=1e-5)
+            torch._assert_async(same, f"grad_weight_factor {ctx.weight_factor}: is not the upstream gradient of loss")
+        return input_grad, None, *nothing
 
 
-def _check_heads(student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor) -> None:
-    tensors = {
-        "student_input": student_input,
-        "student_weight": student_weight,
-        "teacher_input": teacher_input,
-        "teacher_weight": teacher_weight,
-    }
-    for name, x in tensors.items():
-        require(x.ndim == 2, name, tuple(x.shape), "must have two dimensions")
-        require(
-            x.dtype in (torch.float64, torch.float32, torch.bfloat16),
-            name,
-            x.dtype,
-            "must be float64, float32 or bfloat16 (float16 has too little range for unscaled gradients)",
-        )
-        require(
-            x.dtype == student_input.dtype, name, x.dtype, f"must be the dtype of student_input, {student_input.dtype}"
-        )
-        require(
-            x.device == student_input.device, name, x.device, f"must be on {student_input.device}, as student_input"
-        )
-    for side, x, weight in (("student", student_input, student_weight), ("teacher", teacher_input, teacher_weight)):
-        require(
-            weight.shape[1] == x.shape[1],
-            f"{side}_weight",
-            tuple(weight.shape),
-            f"must have the {x.shape[1]} columns of {side}_input",
-        )
-    require(
-        teacher_input.shape[0] == student_input.shape[0],
-        "teacher_input",
-        tuple(teacher_input.shape),
-        f"must have the {student_input.shape[0]} rows of student_input",
-    )
-    require(
-        teacher_weight.shape[0] == student_weight.shape[0],
-        "teacher_weight",
-        tuple(teacher_weight.shape),
-        f"must hold the {student_weight.shape[0]} vocabulary rows of student_weight: load it in the student's ranges",
-    )
-    for name in ("teacher_input", "teacher_weight"):
-        needs_grad = torch.is_grad_enabled() and tensors[name].requires_grad
-        require(not needs_grad, name, "that requires grad", "the teacher is a constant; pass it through .detach()")
+def _as_autocast_would(tensors: HeadTensors) -> HeadTensors:
+    """Cast what a matrix product would under an active autocast: everything but float64."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    a, b, c, d = (x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return a, b, c, d
 
 
-def _check_tokens(token_weight: Tensor | None, labels: Tensor | None, num_tokens: int, device: torch.device) -> None:
-    for name, x in (("token_weight", token_weight), ("labels", labels)):
-        if x is None:
-            continue
-        require(
-            x.shape == (num_tokens,),
-            name,
-            tuple(x.shape),
-            f"must be ({num_tokens},), one entry per token of all sequence shards",
-        )
-        require(x.device == device, name, x.device, f"must be on {device}, as student_input")
-    if token_weight is not None:
-        require(token_weight.is_floating_point(), "token_weight", token_weight.dtype, "must be floating point")
-        needs_grad = torch.is_grad_enabled() and token_weight.requires_grad
-        require(not needs_grad, "token_weight", "that requires grad", "it is a constant; pass it through .detach()")
-    if labels is not None:
-        require(labels.dtype == torch.int64, "labels", labels.dtype, "must be int64")
-
-
-def _backend_reason(backend: str) -> str:
-    known = f"choose one of {', '.join(BACKENDS)}"
-    return f"these row kernels are not available yet; {known}" if backend == "triton" else known
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(like.shape, dtype=dtype, device=like.device)

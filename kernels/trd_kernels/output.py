@@ -15,4 +15,5 @@ class LinearKLDivOutput(NamedTuple):
     token_loss: Tensor
     """`[N]`, nats, after `token_clip` and before `token_weight`; 0 for rows of zero weight."""
     stats: dict[str, Tensor]
-    """`[N]` each, only those asked for; 0 for rows of zero weight."""
+    """`[N]` each, only those asked for; 0 for rows of zero weight. With `return_top_k` also `student_top_ids`,
+    `student_top_logprobs`, `teacher_top_ids` and `teacher_top_logprobs`, `[N, K]`, the likeliest first."""

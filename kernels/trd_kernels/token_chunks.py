@@ -1,4 +1,4 @@
-"""Which token rows each chunk holds, once rows of zero weight are dropped."""
+"""Which token rows are worked on together, once rows of zero weight are dropped."""
 
 from __future__ import annotations
 
@@ -11,37 +11,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenChunk:
-    """Rows of one chunk. `C = shards * k`, ordered by shard and then by row."""
+    """Rows worked on together: k of every sequence shard, `C = shards * k`, ordered by shard and then by row.
 
-    tokens: Tensor
-    """`[C]` int64 token ids in `[0, N)`; `N` marks a filler row, which has zero weight."""
+    Without sequence parallelism there is one shard. With it, shard r holds tokens `[r*n, (r+1)*n)`, and every rank
+    knows the rows of all shards.
+    """
+
+    by_shard: Tensor
+    """`[shards, k]` int64 token ids in `[0, N)`; `N` marks a filler row, which has zero weight."""
     local: Tensor
-    """Rows of this rank's input that it contributes; fillers point at some existing row."""
+    """`[k]` rows of this rank's input that it contributes; fillers point at some existing row."""
     num_own: int
     """How many leading entries of `local` are no fillers."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenChunks:
-    """Kept rows of every sequence shard, dealt out `k` from each shard a chunk.
-
-    Without sequence parallelism there is one shard. With it, shard r holds tokens `[r*n, (r+1)*n)`; shards keep
-    different numbers of rows, so the shorter ones end in fillers. Every rank derives the same chunks from the full
-    token weights.
-    """
-
-    tokens_per_shard: Tensor
-    """`[shards, M]`: kept token ids of each shard in order, then fillers."""
-    num_own: int
-    shard: int
-    shard_size: int
-    rows_per_shard: int
-
     @classmethod
-    def plan(
-        cls, token_weight: Tensor | None, *, num_tokens: int, shards: int, shard: int, chunk: int, device: torch.device
-    ) -> TokenChunks:
-        """Drop tokens of zero weight (one device synchronisation; none without weights) and cut the rest."""
+    def kept(
+        cls, token_weight: Tensor | None, *, num_tokens: int, shards: int, shard: int, device: torch.device
+    ) -> TokenChunk:
+        """Return all tokens of non-zero weight; shards that keep fewer than the longest one end in fillers.
+
+        One device synchronisation; none without weights.
+        """
         n = num_tokens // shards
         tokens = torch.arange(num_tokens, device=device).view(shards, n)
         num_own = n
@@ -54,26 +44,30 @@ class TokenChunks:
             order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
             is_kept = torch.arange(longest, device=device) < counts[:, None]
             tokens = torch.where(is_kept, tokens.gather(1, order), num_tokens)
-        return cls(
-            tokens_per_shard=tokens,
-            num_own=num_own,
-            shard=shard,
-            shard_size=n,
-            rows_per_shard=max(1, min(chunk // shards, tokens.shape[1])),
-        )
+        return cls(by_shard=tokens, local=(tokens[shard] - shard * n).clamp(max=n - 1), num_own=num_own)
 
     @property
-    def max_rows(self) -> int:
-        """Rows of the largest chunk."""
-        return self.tokens_per_shard.shape[0] * self.rows_per_shard
+    def tokens(self) -> Tensor:
+        """`[C]` token ids."""
+        return self.by_shard.reshape(-1)
 
-    def __iter__(self) -> Iterator[TokenChunk]:
-        k = self.rows_per_shard
-        for start in range(0, self.tokens_per_shard.shape[1], k):
-            tokens = self.tokens_per_shard[:, start : start + k]
-            own = tokens[self.shard] - self.shard * self.shard_size
+    @property
+    def num_rows(self) -> int:
+        """C."""
+        return self.by_shard.numel()
+
+    def rows_of_split(self, rows: int) -> int:
+        """Return how many rows the largest piece of `split(rows)` has: at least one of each shard."""
+        shards, k = self.by_shard.shape
+        return shards * min(max(1, rows // shards), k)
+
+    def split(self, rows: int) -> Iterator[TokenChunk]:
+        """Cut into pieces of at most `rows` rows, shared out evenly among the shards."""
+        k = max(1, rows // self.by_shard.shape[0])
+        for start in range(0, self.local.shape[0], k):
+            local = self.local[start : start + k]
             yield TokenChunk(
-                tokens=tokens.reshape(-1),
-                local=own.clamp(max=self.shard_size - 1),
-                num_own=min(max(self.num_own - start, 0), tokens.shape[1]),
+                by_shard=self.by_shard[:, start : start + k],
+                local=local,
+                num_own=min(max(self.num_own - start, 0), local.shape[0]),
             )

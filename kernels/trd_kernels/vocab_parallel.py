@@ -7,6 +7,7 @@ gradients of hidden states, which are large, are summed by the communication lib
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -78,17 +79,30 @@ class VocabShard:
         """Concatenate row shards of all ranks. One all-gather."""
         return self.all_gather(x).flatten(0, 1)
 
-    def reduce_rows(self, x: Tensor, *, dtype: torch.dtype, scatter: bool) -> Tensor:
-        """Sum partial `[C, H]` rows over ranks in `dtype`; with `scatter` keep this rank's `C / world_size` rows.
+    def reduce_rows(self, x: Tensor, *, dtype: torch.dtype, scatter: bool) -> RowReduction:
+        """Start to sum partial `[C, H]` rows over ranks in `dtype`; with `scatter` keep this rank's `C / world_size`.
 
-        One all-reduce or reduce-scatter. Returns `x.dtype`; may overwrite `x`.
+        One all-reduce or reduce-scatter. `x` must not be used again.
         """
         if self.world_size == 1:
-            return x
+            return RowReduction(None, x)
         sent = x.to(dtype)
         if not scatter:
-            dist.all_reduce(sent, group=self.group)
-            return sent.to(x.dtype)
+            return RowReduction(dist.all_reduce(sent, group=self.group, async_op=True), sent)
         kept = sent.new_empty((x.shape[0] // self.world_size, *x.shape[1:]))
-        _reduce_scatter(kept, sent, group=self.group)
-        return kept.to(x.dtype)
+        return RowReduction(_reduce_scatter(kept, sent, group=self.group, async_op=True), kept, sent)
+
+
+class RowReduction(NamedTuple):
+    """A sum over ranks that may still be under way."""
+
+    work: dist.Work | None
+    result: Tensor
+    sent: Tensor | None = None
+    """Held until the sum is complete."""
+
+    def wait(self) -> Tensor:
+        """Return the summed rows once the current stream may read them."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from tests.linear_kl_dense import MODES, STATS, Case, Dense, dense, peaked_case, relative_error, tied_case
 from trd_kernels import LinearKLDivLoss, LinearKLDivOutput, linear_kl_div, linear_kl_div_reference
 
+HEADS = ("student_input", "student_weight", "teacher_input", "teacher_weight")
+
 
 def run(case: Case, *, upstream: float = 1.0, **options: Any) -> tuple[LinearKLDivOutput, Tensor, Tensor]:
     """Call the operator and return its output and both gradients."""
@@ -353,13 +355,23 @@ def test_bf16_inputs_compute_in_fp32_on_the_cpu() -> None:
     assert relative_error(weight_grad, want.weight_grad) < 2.0**-9
 
 
-def test_autocast_changes_nothing() -> None:
+def test_autocast_casts_as_a_matrix_product_would() -> None:
     case = peaked_case(dtype=torch.float32)
-    want = run(case)
+    cast = replace(case, **{name: getattr(case, name).bfloat16() for name in HEADS})
+    want = run(cast)
+    mixed = replace(case, student_input=case.student_input.bfloat16(), teacher_weight=case.teacher_weight.bfloat16())
+    for given in (case, cast, mixed):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, input_grad, weight_grad = run(given)
+        assert torch.equal(out.loss, want[0].loss)
+        assert input_grad.dtype == given.student_input.dtype and weight_grad.dtype == given.student_weight.dtype
+        assert torch.equal(input_grad.bfloat16(), want[1]) and torch.equal(weight_grad.bfloat16(), want[2])
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    case = peaked_case()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = run(case)
-    assert torch.equal(got[0].loss, want[0].loss)
-    assert torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
+        assert_matches(run(case), dense(case), 1e-10)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -417,8 +429,8 @@ BAD_OPTIONS = [
     ({"vocab_size": 177}, "vocab_size 177: .*176"),
     ({"vocab_size": 0}, "vocab_size 0"),
     ({"sequence_parallel": True}, "sequence_parallel True: needs tp_group"),
-    ({"backend": "triton"}, "backend triton: .*not available yet"),
-    ({"backend": "cuda"}, "backend cuda: choose one of auto, torch"),
+    ({"backend": "triton"}, "backend triton: .*float32 .* float64; use backend='torch'"),
+    ({"backend": "cuda"}, "backend cuda: choose one of auto, torch, triton"),
     ({"grad_reduce_dtype": torch.int32}, "grad_reduce_dtype"),
     ({"chunk": 0}, "chunk 0"),
     ({"workspace_mb": 0}, "workspace_mb 0"),

@@ -1,0 +1,249 @@
+"""The Triton kernels: one program works on `ROWS` rows and walks over their columns a block at a time.
+
+A block is a tile `[ROWS, LANES, VECTOR]` of consecutive columns; a thread loads a vector at once. Running maxima and
+sums are kept per lane and merged once at the end of the row, so the order of additions depends on the shape alone:
+no atomics, the same bits every run. Both sides go through the same arithmetic, so equal heads give exactly 0.
+Columns beyond the row read as `FLOOR`, which no sum over a row with a real logit sees.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from trd_kernels.divergence import DIVERGENCES
+from trd_kernels.softmax_sums import FLOOR
+
+VECTOR = 4
+"""16 bytes of float32, the widest load of a thread."""
+
+REMOVE_TEACHER, REMOVE_BOTH, RESHAPE_TEACHER = 0, 1, 2
+
+_FLOOR = tl.constexpr(FLOOR)
+_LAST = tl.constexpr(2147483647)
+_FORWARD, _REVERSE, _MIXED = (tl.constexpr(DIVERGENCES.index(name)) for name in ("forward_kl", "reverse_kl", "mixed"))
+_REMOVE_BOTH, _RESHAPE_TEACHER = tl.constexpr(REMOVE_BOTH), tl.constexpr(RESHAPE_TEACHER)
+_VECTOR = tl.constexpr(VECTOR)
+
+
+@triton.jit
+def _phi_over_square(r):
+    """Return `(exp(r) - 1 - r) / r^2` for |r| < 1, to 4e-8: Taylor's series."""
+    s = 2.7557319e-07 * r + 2.7557319e-06
+    s = s * r + 2.4801587e-05
+    s = s * r + 1.9841270e-04
+    s = s * r + 1.3888889e-03
+    s = s * r + 8.3333333e-03
+    s = s * r + 4.1666667e-02
+    s = s * r + 1.6666667e-01
+    return s * r + 0.5
+
+
+@triton.jit
+def _bregman(p, q, r):
+    """Return `p (exp(r) - 1 - r) = q - p - p r` for `r = log(q / p)`: without cancellation where q is close to p."""
+    return tl.where(tl.abs(r) < 1.0, p * (r * r * _phi_over_square(r)), q - p - p * r)
+
+
+@triton.jit
+def _difference(p, q, r):
+    """Return `q - p` for `r = log(q / p)`, without cancellation where they are close."""
+    return tl.where(tl.abs(r) < 1.0, p * (r + r * r * _phi_over_square(r)), q - p)
+
+
+@triton.jit
+def _mixture_log_ratios(r, beta):
+    """Return log(m / p) and log(m / q) for m = beta p + (1 - beta) q, from r alone: p or q may have underflowed."""
+    x = -tl.abs(r)  # m over the larger of p and q, so that nothing overflows
+    expm1 = tl.where(x > -1.0, x + x * x * _phi_over_square(x), tl.exp(x) - 1.0)
+    x = tl.where(r > 0.0, beta, 1.0 - beta) * expm1
+    # log(1 + x) = 2 artanh(x / (2 + x)), a series near zero, where 1 + x would round x away.
+    s = x / (2.0 + x)
+    t = s * s
+    series = 2.0 * s * (1.0 + t * (0.33333333 + t * (0.2 + t * (0.14285714 + t * 0.11111111))))
+    log = tl.where(x > -0.3, series, tl.log2(1.0 + x) * 0.69314718)
+    return log + tl.maximum(r, 0.0), log - tl.minimum(r, 0.0)
+
+
+@triton.jit
+def _columns(start, LANES: tl.constexpr):
+    """Return the column numbers `[1, LANES, VECTOR]` of the block that begins at `start`."""
+    lane = tl.arange(0, LANES)[:, None] * _VECTOR + tl.arange(0, _VECTOR)[None, :]
+    return (start + lane)[None, :, :]
+
+
+@triton.jit
+def _offsets(rows, cols, row_stride):
+    return rows[:, None, None].to(tl.int64) * row_stride + cols
+
+
+@triton.jit
+def _inside(z, threshold, quota, seen, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Return which columns belong to the support, and how many ties with its threshold have been seen."""
+    flat = tl.reshape(z, (ROWS, LANES * _VECTOR))
+    tied = (flat == threshold[:, None]).to(tl.int32)
+    count = tl.cumsum(tied, axis=1) + seen[:, None]
+    inside = (flat > threshold[:, None]) | ((tied > 0) & (count <= quota[:, None]))
+    return tl.reshape(inside, (ROWS, LANES, _VECTOR)), seen + tl.sum(tied, axis=1)
+
+
+@triton.jit
+def _push(z, delta, cols, m, s, d, h, best, DELTA: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr):
+    """Take one block into the running values of each lane: maximum, sum, delta, entropy, column of the maximum."""
+    block_max = tl.max(z, axis=2)
+    top = tl.maximum(m, block_max)
+    factor = tl.exp(m - top)
+    shifted = z - top[:, :, None]
+    e = tl.exp(shifted)
+    if ARGMAX:
+        first = tl.min(tl.where(z == block_max[:, :, None], cols, _LAST), axis=2)
+        best = tl.where(block_max > m, first, best)
+    if ENTROPY:
+        h = (h + s * (m - top)) * factor + tl.sum(e * shifted, axis=2)
+    if DELTA:
+        d = d * factor + tl.sum(e * delta, axis=2)
+    return top, s * factor + tl.sum(e, axis=2), d, h, best
+
+
+@triton.jit
+def _store_merged(
+    out, rows, num_rows, m, s, d, h, best,
+    SIDE: tl.constexpr, DELTA: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr,
+):  # fmt: skip
+    """Merge the lanes and store quantity k of side `SIDE` at `out[k, SIDE, rows]`."""
+    mask = rows < num_rows
+    out += rows + SIDE * num_rows
+    step = 2 * num_rows
+    top = tl.max(m, axis=1)
+    factor = tl.exp(m - top[:, None])
+    tl.store(out, top, mask=mask)
+    tl.store(out + step, tl.sum(s * factor, axis=1), mask=mask)
+    if DELTA:
+        tl.store(out + 2 * step, tl.sum(d * factor, axis=1), mask=mask)
+    if ENTROPY:
+        tl.store(out + 3 * step, tl.sum((h + s * (m - top[:, None])) * factor, axis=1), mask=mask)
+    if ARGMAX:
+        first = tl.min(tl.where(m == top[:, None], best, _LAST), axis=1)
+        tl.store(out + 4 * step, first.to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def softmax_sums_kernel(
+    zs_ptr, zt_ptr, out_ptr, threshold_ptr, quota_ptr, num_rows, num_columns, stride_s, stride_t, scale,
+    DELTA_S: tl.constexpr, DELTA_T: tl.constexpr, ENTROPY_S: tl.constexpr, ENTROPY_T: tl.constexpr,
+    ARGMAX: tl.constexpr, OUTSIDE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Sums of both sides over the columns, or with `OUTSIDE` over those outside the support: `out[5, 2, num_rows]`."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = rows < num_rows
+    ms = tl.full((ROWS, LANES), _FLOOR, tl.float32)
+    ss = tl.zeros((ROWS, LANES), tl.float32)
+    ds, hs, bs = ss, ss, tl.full((ROWS, LANES), _LAST, tl.int32)
+    mt, st, dt, ht, bt = ms, ss, ss, ss, bs
+    threshold, quota, seen = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.int32)
+    if OUTSIDE:
+        threshold = tl.load(threshold_ptr + rows, mask=mask, other=0.0)
+        quota = tl.load(quota_ptr + rows, mask=mask, other=0)
+    for start in range(0, num_columns, LANES * _VECTOR):
+        cols = _columns(start, LANES)
+        ok = mask[:, None, None] & (cols < num_columns)
+        zs = tl.load(zs_ptr + _offsets(rows, cols, stride_s), mask=ok, other=_FLOOR) * scale
+        zt = tl.load(zt_ptr + _offsets(rows, cols, stride_t), mask=ok, other=_FLOOR) * scale
+        if OUTSIDE:
+            inside, seen = _inside(zt, threshold, quota, seen, ROWS, LANES)
+            zs = tl.where(inside, _FLOOR, zs)
+            zt = tl.where(inside, _FLOOR, zt)
+        ms, ss, ds, hs, bs = _push(zs, zs - zt, cols, ms, ss, ds, hs, bs, DELTA_S, ENTROPY_S, ARGMAX)
+        mt, st, dt, ht, bt = _push(zt, zs - zt, cols, mt, st, dt, ht, bt, DELTA_T, ENTROPY_T, ARGMAX)
+    _store_merged(out_ptr, rows, num_rows, ms, ss, ds, hs, bs, 0, DELTA_S, ENTROPY_S, ARGMAX)
+    _store_merged(out_ptr, rows, num_rows, mt, st, dt, ht, bt, 1, DELTA_T, ENTROPY_T, ARGMAX)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def rewrite_outside_kernel(
+    zs_ptr, zt_ptr, threshold_ptr, quota_ptr, shift_ptr, num_rows, num_columns, stride_s, stride_t,
+    MODE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Overwrite logits outside the support, in place: by the floor, or the teacher's by the student's minus a shift."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = rows < num_rows
+    threshold = tl.load(threshold_ptr + rows, mask=mask, other=0.0)
+    quota = tl.load(quota_ptr + rows, mask=mask, other=0)
+    shift = tl.load(shift_ptr + rows, mask=mask, other=0.0)
+    seen = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, num_columns, LANES * _VECTOR):
+        cols = _columns(start, LANES)
+        ok = mask[:, None, None] & (cols < num_columns)
+        at_s, at_t = zs_ptr + _offsets(rows, cols, stride_s), zt_ptr + _offsets(rows, cols, stride_t)
+        zt = tl.load(at_t, mask=ok, other=_FLOOR)
+        inside, seen = _inside(zt, threshold, quota, seen, ROWS, LANES)
+        new = tl.full((ROWS, LANES, _VECTOR), _FLOOR, tl.float32)
+        if MODE == _RESHAPE_TEACHER:
+            new = tl.load(at_s, mask=ok, other=0.0) - shift[:, None, None]
+        # Whole vectors are written, those inside with what they held: scattered stores cost more.
+        tl.store(at_t, tl.where(inside, zt, new), mask=ok)
+        if MODE == _REMOVE_BOTH:
+            tl.store(at_s, tl.where(inside, tl.load(at_s, mask=ok, other=0.0), new), mask=ok)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def divergence_kernel(
+    zs_ptr, zt_ptr, grad_ptr, norms_ptr, out_ptr, num_rows, num_columns, stride_s, stride_t, stride_g, beta, clip,
+    KIND: tl.constexpr, CLIP: tl.constexpr, VALUE: tl.constexpr, EXTRA: tl.constexpr, GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """What is asked for of each row: its value `out[0]`, the row sum `out[1]` that the gradient needs, the gradient."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = rows < num_rows
+    at = norms_ptr + rows
+    max_s = tl.load(at, mask=mask, other=0.0)[:, None, None]
+    per_s = 1.0 / tl.load(at + num_rows, mask=mask, other=1.0)[:, None, None]
+    max_t = tl.load(at + 2 * num_rows, mask=mask, other=0.0)[:, None, None]
+    per_t = 1.0 / tl.load(at + 3 * num_rows, mask=mask, other=1.0)[:, None, None]
+    log_ratio = tl.load(at + 4 * num_rows, mask=mask, other=0.0)[:, None, None]
+    mean = tl.load(at + 5 * num_rows, mask=mask, other=0.0)[:, None, None]
+    extra = tl.load(at + 6 * num_rows, mask=mask, other=0.0)[:, None, None]
+    weight = tl.load(at + 7 * num_rows, mask=mask, other=0.0)[:, None, None]
+    value = tl.zeros((ROWS, LANES), tl.float32)
+    total = tl.zeros((ROWS, LANES), tl.float32)
+    for start in range(0, num_columns, LANES * _VECTOR):
+        cols = _columns(start, LANES)
+        ok = mask[:, None, None] & (cols < num_columns)
+        zs = tl.load(zs_ptr + _offsets(rows, cols, stride_s), mask=ok, other=_FLOOR)
+        zt = tl.load(zt_ptr + _offsets(rows, cols, stride_t), mask=ok, other=_FLOOR)
+        q = tl.exp(zs - max_s) * per_s
+        p = tl.exp(zt - max_t) * per_t
+        delta = zs - zt
+        r = delta - log_ratio
+        if KIND == _FORWARD:
+            terms = _bregman(p, q, r)
+            g = _difference(p, q, r)
+            if CLIP:
+                entry = -p * r
+                capped = entry >= clip
+                terms -= tl.where(capped, entry - clip, 0.0)
+                if EXTRA:
+                    total += tl.sum(tl.where(capped, p, 0.0), axis=2)
+                g += tl.where(capped, p, 0.0) - q * extra
+        elif KIND == _REVERSE:
+            terms = _bregman(q, p, -r)
+            g = q * (delta - mean)
+        elif KIND == _MIXED:
+            terms = beta * _bregman(p, q, r) + (1.0 - beta) * _bregman(q, p, -r)
+            g = beta * _difference(p, q, r) + (1.0 - beta) * q * (delta - mean)
+        else:
+            from_teacher, from_student = _mixture_log_ratios(r, beta)
+            m = beta * p + (1.0 - beta) * q
+            terms = beta * _bregman(p, m, from_teacher) + (1.0 - beta) * _bregman(q, m, from_student)
+            pull = (beta - 1.0) * q * from_student
+            if EXTRA:
+                total += tl.sum(pull, axis=2)
+            g = pull - q * extra
+        if VALUE:
+            value += tl.sum(terms, axis=2)
+        if GRADIENT:
+            tl.store(grad_ptr + _offsets(rows, cols, stride_g), (g * weight).to(grad_ptr.dtype.element_ty), mask=ok)
+    if VALUE:
+        tl.store(out_ptr + rows, tl.sum(value, axis=1), mask=mask)
+    if EXTRA:
+        tl.store(out_ptr + num_rows + rows, tl.sum(total, axis=1), mask=mask)

@@ -1,0 +1,162 @@
+"""Launches the Triton row kernels: float32 logits; on a CPU through Triton's interpreter only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from trd_kernels.divergence import DIVERGENCES, Divergence, RowNorms
+from trd_kernels.row_kernels import Sums, WantedSums
+from trd_kernels.support import Support, largest_logits
+from trd_kernels.triton_kernels import (
+    REMOVE_BOTH,
+    REMOVE_TEACHER,
+    RESHAPE_TEACHER,
+    VECTOR,
+    divergence_kernel,
+    rewrite_outside_kernel,
+    softmax_sums_kernel,
+)
+
+INTERPRETED = isinstance(divergence_kernel, InterpretedFunction)
+"""Whether TRITON_INTERPRET=1 was set when triton was imported."""
+
+
+class TritonRows:
+    """Implements `RowKernels`."""
+
+    name = "triton"
+    logit_copies = 2
+
+    def softmax_sums(self, z_student: Tensor, z_teacher: Tensor, wanted: WantedSums, scale: float = 1.0) -> Sums:
+        """See `RowKernels`."""
+        return _sums(z_student, z_teacher, wanted, scale, None)
+
+    def largest(self, z: Tensor, k: int) -> Tensor:
+        """See `RowKernels`."""
+        return largest_logits(z, k)
+
+    def remove_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, *, both: bool) -> None:
+        """See `RowKernels`."""
+        _rewrite(support, z_student, z_teacher, None, REMOVE_BOTH if both else REMOVE_TEACHER)
+
+    def outside_sums(self, support: Support, z_student: Tensor, z_teacher: Tensor) -> Sums:
+        """See `RowKernels`."""
+        return _sums(z_student, z_teacher, WantedSums(), 1.0, support)
+
+    def reshape_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, shift: Tensor) -> None:
+        """See `RowKernels`."""
+        _rewrite(support, z_student, z_teacher, shift.squeeze(1), RESHAPE_TEACHER)
+
+    def extra(self, spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Sums:
+        """See `RowKernels`."""
+        value, extra = _divergence(spec, z_student, z_teacher, norms, None, None, None, with_extra=True)
+        return {"extra": extra, "value": value}
+
+    def divergence(
+        self,
+        spec: Divergence,
+        z_student: Tensor,
+        z_teacher: Tensor,
+        norms: RowNorms,
+        *,
+        extra: Tensor | None,
+        gradient_scale: Tensor | None,
+        gradient: Tensor | None,
+    ) -> Tensor | None:
+        """See `RowKernels`."""
+        out = _divergence(spec, z_student, z_teacher, norms, extra, gradient_scale, gradient, with_extra=False)
+        return None if spec.needs_extra else out[0]
+
+
+def _sums(z_student: Tensor, z_teacher: Tensor, wanted: WantedSums, scale: float, outside: Support | None) -> Sums:
+    num_rows, num_columns = z_student.shape
+    out = z_student.new_zeros(5, 2, num_rows)
+    rule = (out, out) if outside is None else _rule(outside)
+    launch = _Launch.of(num_columns)
+    softmax_sums_kernel[launch.grid(num_rows)](
+        z_student, z_teacher, out, *rule, num_rows, num_columns, z_student.stride(0), z_teacher.stride(0), scale,
+        DELTA_S=wanted.student_delta, DELTA_T=wanted.teacher_delta,
+        ENTROPY_S=wanted.student_entropy, ENTROPY_T=wanted.teacher_entropy,
+        ARGMAX=wanted.argmax, OUTSIDE=outside is not None, **launch.options,
+    )  # fmt: skip
+    on = {
+        "max": (True, True),
+        "sum": (True, True),
+        "delta": (wanted.student_delta, wanted.teacher_delta),
+        "entropy": (wanted.student_entropy, wanted.teacher_entropy),
+        "argmax": (wanted.argmax, wanted.argmax),
+    }
+    sides = ("student", "teacher")
+    return {f"{sides[i]}.{name}": out[k, i] for k, name in enumerate(on) for i in (0, 1) if on[name][i]}
+
+
+def _rule(support: Support) -> tuple[Tensor, Tensor]:
+    return support.threshold.contiguous(), support.quota.to(torch.int32).contiguous()
+
+
+def _rewrite(support: Support, z_student: Tensor, z_teacher: Tensor, shift: Tensor | None, mode: int) -> None:
+    num_rows, num_columns = z_student.shape
+    threshold, quota = _rule(support)
+    launch = _Launch.of(num_columns)
+    rewrite_outside_kernel[launch.grid(num_rows)](
+        z_student, z_teacher, threshold, quota, threshold if shift is None else shift.contiguous(),
+        num_rows, num_columns, z_student.stride(0), z_teacher.stride(0), MODE=mode, **launch.options,
+    )  # fmt: skip
+
+
+def _divergence(
+    spec: Divergence,
+    z_student: Tensor,
+    z_teacher: Tensor,
+    norms: RowNorms,
+    extra: Tensor | None,
+    scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    with_extra: bool,
+) -> Tensor:
+    """Return `[2, C]`: values and extra row sums."""
+    num_rows, num_columns = z_student.shape
+    none = torch.zeros_like(norms.log_ratio)
+    columns = (*norms[:5], norms.student_delta, extra, scale)
+    packed = torch.cat([none if x is None else x for x in columns], dim=1).t().contiguous()
+    out = z_student.new_zeros(2, num_rows)
+    target = z_student if gradient is None else gradient
+    launch = _Launch.of(num_columns)
+    divergence_kernel[launch.grid(num_rows)](
+        z_student, z_teacher, target, packed, out, num_rows, num_columns,
+        z_student.stride(0), z_teacher.stride(0), target.stride(0), spec.beta, spec.entry_clip or 0.0,
+        KIND=DIVERGENCES.index(spec.name), CLIP=spec.entry_clip is not None,
+        VALUE=with_extra or not spec.needs_extra, EXTRA=with_extra, GRADIENT=gradient is not None, **launch.options,
+    )  # fmt: skip
+    return out
+
+
+class _Launch(NamedTuple):
+    """Shape of a launch: rows of a program, and lanes of `VECTOR` columns in a block."""
+
+    rows: int
+    lanes: int
+    warps: int
+
+    @classmethod
+    def of(cls, num_columns: int) -> _Launch:
+        """Return the tile for rows of so many columns."""
+        if INTERPRETED:  # a program is slow and a row of it is not: few programs, and several blocks even in tests
+            return cls(rows=16, lanes=16, warps=1)
+        lanes = triton.next_power_of_2(triton.cdiv(max(num_columns, 1), VECTOR))
+        return cls(rows=1, lanes=min(max(lanes, 32), 1024), warps=8)
+
+    def grid(self, num_rows: int) -> tuple[int]:
+        """Return how many programs cover so many rows."""
+        return (triton.cdiv(num_rows, self.rows),)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return the keyword arguments of the launch."""
+        return {"ROWS": self.rows, "LANES": self.lanes, "num_warps": self.warps}
