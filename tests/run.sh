@@ -9,4 +9,5 @@ export OMP_NUM_THREADS=1
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-exec "$venv/bin/python" -m pytest "$@"
+"$venv/bin/python" -m pytest "$@"
+[ $# -gt 0 ] || PYTHONPATH="$venv/triton-3.6" "$venv/bin/python" -m pytest tests/unit/test_triton_rows.py tests/unit/test_triton_compiles.py

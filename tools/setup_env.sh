@@ -73,6 +73,9 @@ main() {
   step "installing $torch (the largest download)" "${pip[@]}" install "$torch"
   step "installing requirements" "${pip[@]}" install "$torch" -r "$root/requirements/cpu.txt" -r "$root/requirements/dev.txt"
   step "installing megatron_trd" "${pip[@]}" install --no-deps --no-build-isolation -e "$root"
+  rm -rf "$venv/triton-3.6"
+  step "installing an older Triton beside" \
+    "${pip[@]}" install --no-deps --target "$venv/triton-3.6" -r "$root/requirements/triton-3.6.txt"
   stamp_of >"$venv/.stamp"
   say "done"
 }

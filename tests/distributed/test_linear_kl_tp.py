@@ -17,6 +17,7 @@ from tests.linear_kl_dense import MODES, STATS, Case, dense, peaked_case, relati
 from trd_kernels import linear_kl_div
 
 UPSTREAM = -2.5
+MECHANICS = ("chunk", "grad_reduce_dtype", "overlap_grad_reduce", "grad_weight_factor", "backend")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Scenario:
     case: Case
     options: dict[str, Any]
     frozen_head: bool = False
+    to_main_grad: bool = False
     tolerance: float = 1e-10
 
 
@@ -41,16 +43,25 @@ def scenarios() -> dict[str, Scenario]:
         out[f"ties-{name}"] = Scenario(case=tied_case(), options=MODES[name])
     for name in ("forward", "reverse", "mixed", "top-6-both"):
         out[f"fp32-{name}"] = Scenario(case=peaked_case(dtype=torch.float32), options=MODES[name], tolerance=1e-5)
+    out["main-grad"] = Scenario(case=case, options={}, to_main_grad=True)
+    out["main-grad-known-factor"] = Scenario(case=case, options={"grad_weight_factor": UPSTREAM}, to_main_grad=True)
     out["frozen"] = Scenario(case=case, options={}, frozen_head=True)
     out["offset"] = Scenario(case=peaked_case(offset=-60.0), options={})
-    for chunk in (1, 3, 100):
+    for chunk in (1, 3, 100, (4, 12), (8, 16), (5, 100)):
         out[f"chunk-{chunk}"] = Scenario(case=case, options={"chunk": chunk})
+    out["overlap"] = Scenario(case=case, options={"chunk": (4, 8), "overlap_grad_reduce": True})
+    for name in ("forward", "reverse", "jsd", "both-clips", "top-6-both", "top-6-tail"):
+        options = MODES[name] | {"backend": "triton", "chunk": (4, 12)}
+        out[f"triton-{name}"] = Scenario(case=peaked_case(dtype=torch.float32), options=options, tolerance=1e-5)
+        padded = peaked_case(vocab_size=130, dtype=torch.float32)
+        out[f"triton-only-padding-{name}"] = Scenario(case=padded, options=options, tolerance=2e-5)
     # Shards keep 6, 0, 3 and 6 tokens of 6; what is dropped is garbage, also where fillers point at it.
     weight = torch.ones(24, dtype=torch.float64)
     weight[6:12] = 0.0
     weight[12:15] = 0.0
     garbage = replace(case, token_weight=weight, student_input=case.student_input.clone())
     out["unequal-shards"] = Scenario(case=garbage, options={"chunk": 5})
+    out["unequal-shards-two-level"] = Scenario(case=garbage, options={"chunk": (4, 12), "overlap_grad_reduce": True})
     out["masked"] = Scenario(case=replace(case, token_weight=torch.zeros_like(weight)), options={})
     out["bf16-reduce"] = Scenario(
         case=peaked_case(dtype=torch.float32), options={"grad_reduce_dtype": torch.bfloat16}, tolerance=2.0**-7
@@ -67,6 +78,7 @@ def call(scenario: Scenario, group: dist.ProcessGroup, sequence_parallel: bool) 
         student_input, teacher_input = student_input.chunk(size)[rank], teacher_input.chunk(size)[rank]
     hidden = student_input.clone().requires_grad_()
     head = student_weight.chunk(size)[rank].clone().requires_grad_(not scenario.frozen_head)
+    main_grad = head.new_zeros(head.shape) if scenario.to_main_grad else None
     out = linear_kl_div(
         hidden,
         head,
@@ -79,12 +91,14 @@ def call(scenario: Scenario, group: dist.ProcessGroup, sequence_parallel: bool) 
         stats=STATS,
         tp_group=group,
         sequence_parallel=sequence_parallel,
+        return_top_k=3,
+        grad_weight_out=main_grad,
         **{"chunk": 8, **scenario.options},
     )
     (UPSTREAM * out.loss).backward()
-    assert scenario.frozen_head == (head.grad is None)
+    assert (head.grad is None) == (scenario.frozen_head or scenario.to_main_grad)
     result = {"loss": out.loss.detach(), "token_loss": out.token_loss, "input_grad": hidden.grad, **out.stats}
-    return result if scenario.frozen_head else {**result, "weight_grad": head.grad}
+    return result if scenario.frozen_head else {**result, "weight_grad": head.grad if main_grad is None else main_grad}
 
 
 def work(rank: int, size: int, directory: str) -> None:
@@ -113,12 +127,22 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     yield [torch.load(directory / f"{rank}.pt") for rank in range(size)]
 
 
+def top_k(case: Case, k: int) -> dict[str, Tensor]:
+    """Return each side's likeliest ids and their log-probabilities by definition, the lowest ids among ties."""
+    out = {}
+    for side in ("student", "teacher"):
+        hidden, head = (getattr(case, f"{side}_{what}").double() for what in ("input", "weight"))
+        logprobs, order = (hidden @ head.T)[:, : case.vocab_size].log_softmax(1).sort(dim=1, descending=True, stable=True)
+        kept = (case.token_weight != 0)[:, None]
+        out |= {f"{side}_top_ids": order[:, :k] * kept, f"{side}_top_logprobs": logprobs[:, :k] * kept}
+    return out
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sp"])
 @pytest.mark.parametrize("name", scenarios())
 def test_equals_the_dense_definition(results: Results, name: str, sequence_parallel: bool) -> None:
     scenario = scenarios()[name]
-    options = {k: v for k, v in scenario.options.items() if k not in ("chunk", "grad_reduce_dtype")}
-    want = dense(scenario.case, **options)
+    want = dense(scenario.case, **{k: v for k, v in scenario.options.items() if k not in MECHANICS})
     ranks = [r[name, sequence_parallel] for r in results]
     whole = dict(ranks[0])
     if sequence_parallel:
@@ -128,6 +152,7 @@ def test_equals_the_dense_definition(results: Results, name: str, sequence_paral
         "token_loss": want.token_loss,
         "input_grad": UPSTREAM * want.input_grad,
         **want.stats,
+        **top_k(scenario.case, 3),
     }
     if not scenario.frozen_head:
         whole["weight_grad"] = torch.cat([r["weight_grad"] for r in ranks])
