@@ -2,7 +2,8 @@
 
 Per piece of C_l tokens the ranks exchange one all-gather of a few numbers per row (two for JSD and the entry clip,
 two for a renormalised top-K, three for its tail bucket), and the rows themselves under sequence parallelism; per
-chunk of C_g tokens one sum of hidden-state gradients.
+chunk of C_g tokens one sum of hidden-state gradients. What is reported of the tokens is put together once, at the
+end, so that a piece launches little beside its products and row kernels.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from trd_kernels.divergence import Divergence, RowNorms, first_pass_value
 from trd_kernels.gradients import Gradients
 from trd_kernels.heads import Heads
 from trd_kernels.output import LinearKLDivOutput
-from trd_kernels.row_kernels import RowKernels, Sums, WantedSums
+from trd_kernels.row_kernels import RowKernels, WantedSums
+from trd_kernels.softmax_sums import MergedSums
 from trd_kernels.statistics_request import StatisticsRequest
 from trd_kernels.support import select_support
 from trd_kernels.token_chunks import TokenChunk
+from trd_kernels.token_record import TokenRecord
 from trd_kernels.vocab_parallel import VocabShard
 from trd_kernels.workspace import ChunkSizes, Workspace
 
@@ -38,17 +41,7 @@ class ChunkPass:
     weight: Tensor
     """`[N + 1]` token weights; entry N, of the filler rows, is 0."""
     sequence_parallel: bool
-    # Per token, `[N + 1]`: entry N takes the filler rows.
-    value: Tensor = field(init=False)
-    """This rank's part of the divergence."""
-    is_open: Tensor = field(init=False)
-    """0 where the token clip closes."""
-    stats: Sums = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.value = self.weight.new_zeros(self.weight.shape[0])
-        self.is_open = self.weight.new_ones(self.weight.shape[0])
-        self.stats = self.request.empty(self.weight.shape[0], like=self.weight)
+    record: TokenRecord = field(default_factory=TokenRecord, init=False)
 
     def run(self) -> LinearKLDivOutput:
         """Go through all chunks."""
@@ -56,14 +49,7 @@ class ChunkPass:
         for chunk in self.kept.split(self.sizes.gradient):
             self._run_chunk(chunk, workspace)
         self.gradients.finish()
-        value = self.shard.sum(self.value)[:-1]
-        if "divergence" in self.stats:
-            self.stats["divergence"][:-1] = value
-        clip = self.spec.token_clip
-        token_loss = value if clip is None else value.clamp(max=clip).where(self.is_open[:-1] > 0, clip)
-        token_loss = token_loss * self.spec.loss_scale
-        loss = (self.weight[:-1] * token_loss).sum()
-        return LinearKLDivOutput(loss, token_loss, {name: x[:-1] for name, x in self.stats.items()})
+        return self.record.outputs(spec=self.spec, request=self.request, shard=self.shard, weight=self.weight)
 
     def _run_chunk(self, chunk: TokenChunk, workspace: Workspace) -> None:
         """Fill the chunk's block of logits gradients piece by piece, then multiply it out."""
@@ -83,58 +69,61 @@ class ChunkPass:
     def _run_piece(
         self, piece: TokenChunk, student_rows: Tensor, z_student: Tensor, z_teacher: Tensor, logits_grad: Tensor | None
     ) -> None:
-        heads, spec, rows, tokens = self.heads, self.spec, self.rows, piece.tokens
+        heads, spec, rows, record = self.heads, self.spec, self.rows, self.record
         alpha = 1.0 / spec.temperature
         heads.matmul(student_rows, heads.student_weight.t(), alpha=alpha, out=z_student)
         heads.matmul(self._rows(heads.teacher_input, piece), heads.teacher_weight.t(), alpha=alpha, out=z_teacher)
 
-        norms = self._row_norms(tokens, z_student, z_teacher)
-        extra = None
+        norms = self._row_norms(piece.tokens, z_student, z_teacher)
+        extra = value = is_open = None
         if spec.needs_extra:
-            sums = rows.extra(spec, z_student, z_teacher, norms)
-            self.value[tokens] = sums["value"]
-            gathered = self.shard.all_gather_columns(sums)
-            extra = gathered["extra"].sum(0)[:, None]
+            parts = rows.extra(spec, z_student, z_teacher, norms)
+            value, summed = parts[:, 0], self.shard.sum(parts)
+            extra = summed[:, 1:]
         if spec.token_clip is not None:
-            first = gathered["value"].sum(0) if spec.needs_extra else first_pass_value(spec, norms)
-            self.is_open[tokens] = (first < spec.token_clip).to(first.dtype)
-        scale = None
-        if logits_grad is not None:
-            scale = (self.weight[tokens] * self.is_open[tokens])[:, None]
-            scale *= spec.loss_scale / spec.temperature
-        elif spec.needs_extra:
-            return
-        value = rows.divergence(
-            spec, z_student, z_teacher, norms, extra=extra, gradient_scale=scale, gradient=logits_grad
-        )
-        if value is not None:
-            self.value[tokens] = value
+            first = summed[:, 0] if spec.needs_extra else first_pass_value(spec, norms)
+            is_open = first < spec.token_clip
+            record.is_open.append(is_open)
+        if value is None or logits_grad is not None:
+            scale = None
+            if logits_grad is not None:
+                scale = self.weight[piece.tokens] * (spec.loss_scale / spec.temperature)
+                scale = (scale if is_open is None else scale * is_open)[:, None]
+            part = rows.divergence(
+                spec, z_student, z_teacher, norms, extra=extra, gradient_scale=scale, gradient=logits_grad
+            )
+            value = part if value is None else value
+        assert value is not None
+        record.tokens.append(piece.tokens)
+        record.values.append(value)
 
     def _row_norms(self, tokens: Tensor, z_student: Tensor, z_teacher: Tensor) -> RowNorms:
-        """Write the piece's statistics and return the softmaxes that the divergence compares.
+        """Record what the statistics need of the piece and return the softmaxes that the divergence compares.
 
         Leaves in the two blocks the logits that it compares: cut to the support.
         """
         spec, request, rows = self.spec, self.request, self.rows
         deltas = {"student_delta": spec.needs_student_delta, "teacher_delta": spec.needs_teacher_delta}
         as_observed = spec.temperature == 1.0 and spec.top_k == 0
-        sums: Sums = {}
+        columns: dict[str, Tensor] = {}
         if as_observed or request.observes:
             # The blocks hold tempered logits; statistics are those of temperature 1.
-            wanted = WantedSums(**request.wanted(), **(deltas if as_observed else {}))
-            sums = rows.softmax_sums(z_student, z_teacher, wanted, spec.temperature)
-            sums = request.local_sums(z_student, z_teacher, spec.temperature, sums, tokens)
+            wanted = request.wanted_sums(**{name: on and as_observed for name, on in deltas.items()})
+            columns = request.columns(rows, z_student, z_teacher, wanted, scale=spec.temperature, tokens=tokens)
         if spec.top_k > 0:
-            sums["largest"] = rows.largest(z_teacher, spec.top_k)
-        gathered = self.shard.all_gather_columns(sums) if sums else {}
+            columns["largest"] = rows.largest(z_teacher, spec.top_k)
+        gathered = self.shard.all_gather_columns(columns) if columns else {}
+        merged = MergedSums.of(gathered["sums"]) if as_observed or request.top_k > 0 else None
         if request.observes:
-            for name, column in request.read(gathered, tokens).items():
-                self.stats[name][tokens] = column.to(self.stats[name].dtype)
-        if as_observed:
-            return RowNorms.of(gathered)
+            self.record.observed.append({name: x for name, x in gathered.items() if name in ("sums", "token_set")})
+        if merged is not None and request.top_k > 0:
+            self.record.top_k.append(request.read_top_k(gathered, merged))
+        if as_observed and merged is not None:
+            return RowNorms.of(merged, **deltas)
         if spec.top_k > 0:
             self._cut_to_support(gathered["largest"], z_student, z_teacher)
-        return RowNorms.of(self.shard.all_gather_columns(rows.softmax_sums(z_student, z_teacher, WantedSums(**deltas))))
+        sums = rows.softmax_sums(z_student, z_teacher, WantedSums(**deltas))
+        return RowNorms.of(MergedSums.of(self.shard.all_gather(sums.flatten(1))), **deltas)
 
     def _cut_to_support(self, largest: Tensor, z_student: Tensor, z_teacher: Tensor) -> None:
         """Rewrite logits outside the support so that the full-vocabulary formulas give the restricted divergence.
@@ -147,13 +136,14 @@ class ChunkPass:
             both = self.spec.top_k_mode == "renorm_both"
             self.rows.remove_outside(support, z_student, z_teacher, both=both)
             return
-        sums = self.shard.all_gather_columns(self.rows.outside_sums(support, z_student, z_teacher))
-        self.rows.reshape_outside(support, z_student, z_teacher, RowNorms.of(sums).log_ratio)
+        sums = self.shard.all_gather(self.rows.outside_sums(support, z_student, z_teacher).flatten(1))
+        self.rows.reshape_outside(support, z_student, z_teacher, RowNorms.of(MergedSums.of(sums)).log_ratio)
 
     def _rows(self, source: Tensor, piece: TokenChunk) -> Tensor:
         """Return the piece's rows of an input `[C, H]`; all-gathered under sequence parallelism."""
         rows = source[piece.local]
-        rows[piece.num_own :] = 0.0  # fillers must be finite even where the dropped row they point at is not
+        if piece.num_own < rows.shape[0]:
+            rows[piece.num_own :] = 0.0  # fillers must be finite even where the dropped row they point at is not
         if self.sequence_parallel:
             rows = self.shard.gather_rows(rows)
         return rows.to(self.heads.operand_dtype)

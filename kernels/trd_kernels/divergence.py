@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from trd_kernels.checks import require
-from trd_kernels.softmax_sums import merge_softmax_sums
+from trd_kernels.softmax_sums import DELTA, MergedSums
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mixed")
 TOP_K_MODES = ("renorm_both", "renorm_teacher", "tail_bucket")
@@ -86,33 +86,31 @@ class Divergence:
 
 
 class RowNorms(NamedTuple):
-    """What turns logits of a row into p, q and r; `[C, 1]` each, identical on all ranks."""
+    """What turns logits of a row into p, q and r, identical on all ranks."""
 
-    student_max: Tensor
-    student_sum: Tensor
-    teacher_max: Tensor
-    teacher_sum: Tensor
+    max: Tensor
+    """`[C, 2]`, student and teacher."""
+    total: Tensor
+    """`[C, 2]`: sums of exp(z - max)."""
     log_ratio: Tensor
-    """lse(z_S) - lse(z_T)."""
+    """`[C, 1]`: lse(z_S) - lse(z_T)."""
     student_delta: Tensor | None
-    """Student mean of z_S - z_T."""
+    """`[C, 1]`: student mean of z_S - z_T."""
     teacher_delta: Tensor | None
-    """Teacher mean of z_S - z_T."""
+    """`[C, 1]`: teacher mean of z_S - z_T."""
 
     @classmethod
-    def of(cls, gathered: dict[str, Tensor]) -> RowNorms:
-        """Combine the softmax sums of both sides, `[ranks, C]` each."""
-        student, teacher = (merge_softmax_sums(side, gathered) for side in ("student", "teacher"))
+    def of(cls, merged: MergedSums, *, student_delta: bool = False, teacher_delta: bool = False) -> RowNorms:
+        """Take from the merged sums of both sides what is needed."""
         # The difference of maxima is exact for close logits; a difference of two lse would round at their size.
-        log_ratio = (student["max"] - teacher["max"]) + (student["log_sum"] - teacher["log_sum"])
+        log_ratio = (merged.max[:, :1] - merged.max[:, 1:]) + (merged.log_total[:, :1] - merged.log_total[:, 1:])
+        delta = merged.mean(DELTA) if student_delta or teacher_delta else log_ratio
         return cls(
-            student_max=student["max"][:, None],
-            student_sum=student["sum"][:, None],
-            teacher_max=teacher["max"][:, None],
-            teacher_sum=teacher["sum"][:, None],
-            log_ratio=log_ratio[:, None],
-            student_delta=student["delta"][:, None] if "delta" in student else None,
-            teacher_delta=teacher["delta"][:, None] if "delta" in teacher else None,
+            max=merged.max,
+            total=merged.total,
+            log_ratio=log_ratio,
+            student_delta=delta[:, :1] if student_delta else None,
+            teacher_delta=delta[:, 1:] if teacher_delta else None,
         )
 
     def rows(self, tile: slice) -> RowNorms:

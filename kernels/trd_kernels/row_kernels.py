@@ -9,33 +9,37 @@ from torch import Tensor
 from trd_kernels.divergence import Divergence, RowNorms
 from trd_kernels.support import Support
 
-Sums = dict[str, Tensor]
-
 
 class WantedSums(NamedTuple):
-    """Which sums beside each side's `max` and `sum` of exp(z - max)."""
+    """Which sums beside each side's maximum and sum of exponentials; see `softmax_sums`."""
 
     student_delta: bool = False
-    """`student.delta`: sum of exp(z_S - max_S) (z_S - z_T)."""
     teacher_delta: bool = False
-    """`teacher.delta`: sum of exp(z_T - max_T) (z_S - z_T)."""
     student_entropy: bool = False
-    """`student.entropy`: sum of exp(z - max) (z - max)."""
     teacher_entropy: bool = False
-    """`teacher.entropy`, likewise."""
     argmax: bool = False
-    """`student.argmax` and `teacher.argmax`: the column, the lowest of ties."""
 
 
 class RowKernels(Protocol):
-    """Blocks are `[C, V_local]` views with contiguous columns; what is per row is `[C]`, or `[C, 1]` in `RowNorms`."""
+    """Blocks are `[C, V_local]` views with contiguous columns; what is per row is `[C, ...]`."""
 
     name: str
     logit_copies: int
     """Size of both blocks and of the temporaries besides them, in blocks of logits."""
 
-    def softmax_sums(self, z_student: Tensor, z_teacher: Tensor, wanted: WantedSums, scale: float = 1.0) -> Sums:
-        """Summarise `scale` times both blocks: `student.max`, `student.sum` ... `[C]`; 0 columns give (FLOOR, 0)."""
+    def softmax_sums(
+        self,
+        z_student: Tensor,
+        z_teacher: Tensor,
+        wanted: WantedSums,
+        *,
+        scale: float = 1.0,
+        label: Tensor | None = None,
+    ) -> Tensor:
+        """Summarise `scale` times both blocks: `[C, 6, 2]`. 0 columns give maxima of `FLOOR` and sums of 0.
+
+        `label` `[C]` int64 is a column, or -1 for none, whose logits become 0.
+        """
 
     def largest(self, z: Tensor, k: int) -> Tensor:
         """Return the `k` largest logits of each row, `[C, k]` in descending order, filled up with `FLOOR`."""
@@ -43,14 +47,14 @@ class RowKernels(Protocol):
     def remove_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, *, both: bool) -> None:
         """Overwrite the teacher's logits outside the support by `FLOOR`, with `both` the student's too."""
 
-    def outside_sums(self, support: Support, z_student: Tensor, z_teacher: Tensor) -> Sums:
-        """Return `max` and `sum` of both sides over the columns outside the support."""
+    def outside_sums(self, support: Support, z_student: Tensor, z_teacher: Tensor) -> Tensor:
+        """Return the maxima and sums of `softmax_sums` over the columns outside the support."""
 
     def reshape_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, shift: Tensor) -> None:
         """Overwrite the teacher's logits outside the support by `z_student - shift`, `shift` `[C, 1]`."""
 
-    def extra(self, spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Sums:
-        """Return this rank's part of the `extra` row sum and of the `value`, for `needs_extra` divergences."""
+    def extra(self, spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Tensor:
+        """Return this rank's part of the value and of the extra row sum, `[C, 2]`, for `needs_extra` divergences."""
 
     def divergence(
         self,
@@ -66,5 +70,5 @@ class RowKernels(Protocol):
         """Return this rank's part of each row's value `[C]`, or None where `extra()` has returned it.
 
         With `gradient` `[C, V_local]`, which may be `z_student` itself, write the gradient with respect to
-        `z_student`, times `gradient_scale` `[C, 1]`, into it. `extra` `[C, 1]` is the merged sum of `extra()`.
+        `z_student`, times `gradient_scale` `[C, 1]`, into it. `extra` `[C, 1]` is the merged row sum of `extra()`.
         """

@@ -2,38 +2,62 @@
 
 A row of logits z is summarised by its maximum m and by sums weighted with exp(z - m). Each sum merges over ranks
 with the factor exp(m_rank - m), so one gather of a few numbers per row gives every statistic of the softmax.
+
+Sums have the layout `[..., 6, 2]`: the quantities below, of the student and of the teacher; 0 where not asked for.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
+
+MAX, SUM, DELTA, ENTROPY, ARGMAX, LABEL = range(6)
+"""With e = exp(z - max): max z; sum e; sum e (z_S - z_T); sum e (z - max); the first column of the maximum; z at the
+label."""
+NUM_SUMS = 6
+
+SIDES = ("student", "teacher")
 
 FLOOR = -1.0e30
 """Stands for minus infinity where a finite number keeps `inf - inf` away."""
 
 
-def merge_softmax_sums(side: str, gathered: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Merge the `[ranks, C]` sums named `<side>.<name>` into statistics of whole rows, `[C]` each.
+class MergedSums(NamedTuple):
+    """Softmax statistics of whole rows, identical on all ranks; `[C, 2]`, one column per side."""
 
-    `max`, `sum`, `log_sum`, and of those present: `delta` (its softmax mean), `entropy` (nats), `argmax`, `label`
-    (log-probability), `token_set` (probability).
-    """
-    prefix = f"{side}."
-    sums = {name.removeprefix(prefix): x for name, x in gathered.items() if name.startswith(prefix)}
-    maximum = sums["max"].amax(0)
-    factor = (sums["max"] - maximum).exp()
-    total = (sums["sum"] * factor).sum(0)
-    out = {"max": maximum, "sum": total, "log_sum": total.log()}
-    if "delta" in sums:
-        out["delta"] = (sums["delta"] * factor).sum(0) / total
-    if "entropy" in sums:
-        moved = sums["entropy"] + sums["sum"] * (sums["max"] - maximum)
-        out["entropy"] = out["log_sum"] - (moved * factor).sum(0) / total
-    if "argmax" in sums:
-        # Ranks hold ascending ids and argmax returns the first of equals: ties go to the lowest id.
-        out["argmax"] = sums["argmax"].gather(0, sums["max"].argmax(0, keepdim=True)).squeeze(0)
-    if "label" in sums:
-        out["label"] = sums["label"].sum(0) - maximum - out["log_sum"]
-    if "token_set" in sums:
-        out["token_set"] = (sums["token_set"] * factor).sum(0) / total
-    return out
+    sums: Tensor
+    """`[ranks, C, 6, 2]`, as gathered."""
+    factor: Tensor
+    """`[ranks, C, 2]`: exp(max of the rank - max of the row)."""
+    max: Tensor
+    total: Tensor
+    """Sum of exp(z - max)."""
+    log_total: Tensor
+
+    @classmethod
+    def of(cls, gathered: Tensor) -> MergedSums:
+        """Merge the sums of all ranks, `[ranks, C, 6 * 2]`."""
+        sums = gathered.unflatten(2, (NUM_SUMS, 2))
+        maximum = sums[:, :, MAX].amax(0)
+        factor = (sums[:, :, MAX] - maximum).exp_()
+        total = (sums[:, :, SUM] * factor).sum(0)
+        return cls(sums, factor, maximum, total, total.log())
+
+    def mean(self, quantity: int) -> Tensor:
+        """Return the mean under each side's softmax of what `quantity` sums up."""
+        return (self.sums[:, :, quantity] * self.factor).sum(0) / self.total
+
+    def entropy(self) -> Tensor:
+        """Return entropies in nats."""
+        moved = self.sums[:, :, ENTROPY] + self.sums[:, :, SUM] * (self.sums[:, :, MAX] - self.max)
+        return self.log_total - (moved * self.factor).sum(0) / self.total
+
+    def argmax(self) -> Tensor:
+        """Return the id of the largest logit, the lowest of ties: ranks hold ascending ids and argmax is the first."""
+        best = self.sums[:, :, MAX].argmax(0, keepdim=True)
+        return self.sums[:, :, ARGMAX].gather(0, best).squeeze(0)
+
+    def label_logprob(self) -> Tensor:
+        """Return the log-probability of the label, which one rank at most has reported."""
+        return self.sums[:, :, LABEL].sum(0) - self.max - self.log_total

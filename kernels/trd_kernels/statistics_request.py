@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trd_kernels.checks import require
-from trd_kernels.softmax_sums import FLOOR, merge_softmax_sums
+from trd_kernels.row_kernels import RowKernels, WantedSums
+from trd_kernels.softmax_sums import ARGMAX, FLOOR, MAX, SIDES, MergedSums
 from trd_kernels.support import largest_with_columns, merge_largest
 from trd_kernels.vocab_parallel import VocabShard
 
@@ -35,9 +36,7 @@ class StatisticsRequest:
 
     names: tuple[str, ...]
     label_column: Tensor | None
-    """`[N + 1]` column of each token's label on this rank (the last entry serves filler rows)."""
-    label_owned: Tensor | None
-    """`[N + 1]`: whether this rank holds that column."""
+    """`[N + 1]` column of each token's label on this rank, -1 where another holds it (entry N serves filler rows)."""
     label_known: Tensor | None
     """`[N + 1]`: whether the label is a vocabulary id at all."""
     token_set: Tensor | None
@@ -63,12 +62,13 @@ class StatisticsRequest:
         require(not isinstance(stats, str), "stats", repr(stats), "give a sequence of names, not one string")
         for name in stats:
             require(name in STATISTICS, "stats", name, f"choose from {', '.join(STATISTICS)}")
-        column = owned = known = local_set = None
+        column = known = local_set = None
         if "student_logprob" in stats or "teacher_logprob" in stats:
             require(labels is not None, "labels", labels, "student_logprob and teacher_logprob in stats need them")
             assert labels is not None
             padded = torch.nn.functional.pad(labels, (0, 1))
             column, owned = shard.local_ids(padded)
+            column = column.masked_fill(~owned, -1)
             known = (padded >= 0) & (padded < vocab_size)
         if "teacher_mass" in stats:
             is_list = token_set is not None and token_set.ndim == 1 and token_set.dtype == torch.int64
@@ -85,7 +85,6 @@ class StatisticsRequest:
         return cls(
             names=tuple(dict.fromkeys(stats)),
             label_column=column,
-            label_owned=owned,
             label_known=known,
             token_set=local_set,
             top_k=top_k,
@@ -97,66 +96,76 @@ class StatisticsRequest:
         """Whether anything of the two softmaxes themselves was asked for."""
         return self.top_k > 0 or any(name != "divergence" for name in self.names)
 
-    def wanted(self) -> dict[str, bool]:
-        """Return the fields of `WantedSums` that the statistics need."""
-        return {
-            "student_entropy": "student_entropy" in self.names,
-            "teacher_entropy": "teacher_entropy" in self.names,
-            "argmax": "argmax_match" in self.names,
-        }
+    def wanted_sums(self, *, student_delta: bool, teacher_delta: bool) -> WantedSums:
+        """Return which sums the statistics need, and those deltas."""
+        return WantedSums(
+            student_delta=student_delta,
+            teacher_delta=teacher_delta,
+            student_entropy="student_entropy" in self.names,
+            teacher_entropy="teacher_entropy" in self.names,
+            argmax="argmax_match" in self.names,
+        )
 
-    def local_sums(
-        self, z_student: Tensor, z_teacher: Tensor, scale: float, sums: dict[str, Tensor], tokens: Tensor
+    def columns(
+        self,
+        rows: RowKernels,
+        z_student: Tensor,
+        z_teacher: Tensor,
+        wanted: WantedSums,
+        *,
+        scale: float,
+        tokens: Tensor,
     ) -> dict[str, Tensor]:
-        """Return `sums` of one chunk's logits `[C, V_local]`, times `scale`, with what reads few columns of a row.
+        """Return all that one piece's logits `[C, V_local]`, times `scale`, contribute: tensors `[C, k]` to gather.
 
-        Adds `label` (the label's logit, 0 where another rank owns it), `token_set` (sum of exp(z - max)), and
-        `top_values` and `top_ids` `[C, K]`; turns columns of `argmax` into ids. Ids have the logits' dtype.
+        `sums` are the softmax sums, with vocabulary ids for `ARGMAX`; `token_set` the set's sum of exp(z - max);
+        `<side>_values` and `<side>_ids` the largest logits. Ids have the logits' dtype.
         """
-        out = {name: x + self.first_id if name.endswith(".argmax") else x for name, x in sums.items()}
-        for side, z in (("student", z_student), ("teacher", z_teacher)):
-            if f"{side}_logprob" in self.names and self.label_column is not None and self.label_owned is not None:
-                out[f"{side}.label"] = z.new_zeros(z.shape[0])
-                if z.shape[1] > 0:
-                    logit = z.gather(1, self.label_column[tokens][:, None]).squeeze(1) * scale
-                    out[f"{side}.label"] = logit.masked_fill(~self.label_owned[tokens], 0.0)
-            if side == "teacher" and self.token_set is not None:
-                e = (z[:, self.token_set] * scale - sums["teacher.max"][:, None]).exp()
-                out["teacher.token_set"] = e.sum(1)
-            if self.top_k > 0:
+        label = None if self.label_column is None else self.label_column[tokens]
+        sums = rows.softmax_sums(z_student, z_teacher, wanted, scale=scale, label=label)
+        if wanted.argmax and self.first_id > 0:
+            sums[:, ARGMAX] += self.first_id
+        out = {"sums": sums.flatten(1)}
+        if self.token_set is not None:
+            e = (z_teacher[:, self.token_set] * scale - sums[:, MAX, 1:]).exp_()
+            out["token_set"] = e.sum(1, keepdim=True)
+        if self.top_k > 0:
+            for side, z in zip(SIDES, (z_student, z_teacher), strict=True):
                 values, columns = largest_with_columns(z, self.top_k)
-                out[f"{side}.top_values"] = torch.where(values > FLOOR, values * scale, values)
-                out[f"{side}.top_ids"] = (columns + self.first_id).to(z.dtype)
+                out[f"{side}_values"] = torch.where(values > FLOOR, values * scale, values)
+                out[f"{side}_ids"] = (columns + self.first_id).to(z.dtype)
         return out
 
-    def read(self, gathered: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-        """Return the statistics of one chunk, `[C]` or `[C, K]`, from the `[ranks, C]` sums of all ranks."""
-        merged = {side: merge_softmax_sums(side, gathered) for side in ("student", "teacher")}
+    def read(self, gathered: dict[str, Tensor], merged: MergedSums, tokens: Tensor) -> dict[str, Tensor]:
+        """Return the statistics of `tokens` `[C]` from the `[ranks, C, k]` columns of all ranks."""
         out = {}
-        for name in self.names:
-            if name == "argmax_match":
-                match = merged["student"]["argmax"] == merged["teacher"]["argmax"]
-                out[name] = match.to(merged["student"]["max"].dtype)
-            elif name == "teacher_mass":
-                out[name] = merged["teacher"]["token_set"]
-            elif name != "divergence":
-                side, quantity = name.split("_")
-                out[name] = merged[side]["entropy" if quantity == "entropy" else "label"]
-                if quantity == "logprob" and self.label_known is not None:
-                    out[name] = out[name].masked_fill(~self.label_known[tokens], torch.nan)
-        if self.top_k > 0:
-            for side, of_side in merged.items():
-                top = gathered[f"{side}.top_values"], gathered[f"{side}.top_ids"]
-                values, ids = merge_largest(*top, self.top_k)
-                out[f"{side}_top_logprobs"] = values - (of_side["max"] + of_side["log_sum"])[:, None]
-                out[f"{side}_top_ids"] = ids
+        if "argmax_match" in self.names:
+            best = merged.argmax()
+            out["argmax_match"] = (best[:, 0] == best[:, 1]).to(best.dtype)
+        if "teacher_mass" in self.names:
+            out["teacher_mass"] = (gathered["token_set"][:, :, 0] * merged.factor[:, :, 1]).sum(0) / merged.total[:, 1]
+        for i, side in enumerate(SIDES):
+            if f"{side}_entropy" in self.names:
+                out[f"{side}_entropy"] = merged.entropy()[:, i]
+            if f"{side}_logprob" in self.names and self.label_known is not None:
+                out[f"{side}_logprob"] = merged.label_logprob()[:, i].masked_fill(~self.label_known[tokens], torch.nan)
         return out
 
-    def empty(self, entries: int, like: Tensor) -> dict[str, Tensor]:
-        """Return zeros for every statistic of so many tokens; ids are int64."""
-        out = {name: like.new_zeros(entries) for name in self.names}
+    def read_top_k(self, gathered: dict[str, Tensor], merged: MergedSums) -> dict[str, Tensor]:
+        """Return each side's likeliest ids and their log-probabilities, `[C, K]`."""
+        out = {}
+        log_sum = merged.max + merged.log_total
+        for i, side in enumerate(SIDES):
+            values, ids = merge_largest(gathered[f"{side}_values"], gathered[f"{side}_ids"], self.top_k)
+            out[f"{side}_top_logprobs"] = values - log_sum[:, i : i + 1]
+            out[f"{side}_top_ids"] = ids.to(torch.int64)
+        return out
+
+    def of_no_token(self, like: Tensor) -> dict[str, Tensor]:
+        """Return every statistic of no token at all."""
+        out = {name: like.new_zeros(0) for name in self.names}
         if self.top_k > 0:
-            for side in ("student", "teacher"):
-                out[f"{side}_top_logprobs"] = like.new_zeros(entries, self.top_k)
-                out[f"{side}_top_ids"] = like.new_zeros(entries, self.top_k, dtype=torch.int64)
+            for side in SIDES:
+                out[f"{side}_top_logprobs"] = like.new_zeros(0, self.top_k)
+                out[f"{side}_top_ids"] = like.new_zeros(0, self.top_k, dtype=torch.int64)
         return out

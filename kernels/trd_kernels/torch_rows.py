@@ -7,14 +7,13 @@ neither a row nor a sum over ranks cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from trd_kernels.divergence import Divergence, RowNorms
-from trd_kernels.row_kernels import Sums, WantedSums
-from trd_kernels.softmax_sums import FLOOR
+from trd_kernels.row_kernels import WantedSums
+from trd_kernels.softmax_sums import ARGMAX, DELTA, ENTROPY, FLOOR, LABEL, MAX, NUM_SUMS, SUM
 from trd_kernels.support import Support, largest_logits
 
 _SERIES_RADIUS = 0.25
@@ -32,27 +31,40 @@ class TorchRows:
     name = "torch"
     logit_copies = 4
 
-    def softmax_sums(self, z_student: Tensor, z_teacher: Tensor, wanted: WantedSums, scale: float = 1.0) -> Sums:
+    def softmax_sums(
+        self,
+        z_student: Tensor,
+        z_teacher: Tensor,
+        wanted: WantedSums,
+        *,
+        scale: float = 1.0,
+        label: Tensor | None = None,
+    ) -> Tensor:
         """See `RowKernels`."""
-
-        def tile_sums(t: slice) -> Sums:
+        out = z_student.new_zeros(z_student.shape[0], NUM_SUMS, 2)
+        for t in _tiles(z_student):
             zs, zt = z_student[t], z_teacher[t]
             if scale != 1.0:
                 zs, zt = zs * scale, zt * scale
             delta = zs - zt if wanted.student_delta or wanted.teacher_delta else None
-            student = _side_sums(
-                zs, delta if wanted.student_delta else None, entropy=wanted.student_entropy, argmax=wanted.argmax
-            )
-            teacher = _side_sums(
-                zt, delta if wanted.teacher_delta else None, entropy=wanted.teacher_entropy, argmax=wanted.argmax
-            )
-            return _named("student", student) | _named("teacher", teacher)
-
-        return _over_tiles(tile_sums, z_student)
+            row_label = None if label is None else label[t]
+            for side, z, with_delta, with_entropy in (
+                (0, zs, wanted.student_delta, wanted.student_entropy),
+                (1, zt, wanted.teacher_delta, wanted.teacher_entropy),
+            ):
+                _sum_up(
+                    out[t, :, side],
+                    z,
+                    delta=delta if with_delta else None,
+                    entropy=with_entropy,
+                    argmax=wanted.argmax,
+                    label=row_label,
+                )
+        return out
 
     def largest(self, z: Tensor, k: int) -> Tensor:
         """See `RowKernels`."""
-        return _over_tiles(lambda t: {"largest": largest_logits(z[t], k)}, z)["largest"]
+        return torch.cat([largest_logits(z[t], k) for t in _tiles(z)])
 
     def remove_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, *, both: bool) -> None:
         """See `RowKernels`."""
@@ -62,15 +74,14 @@ class TorchRows:
             if both:
                 z_student[t].masked_fill_(outside, FLOOR)
 
-    def outside_sums(self, support: Support, z_student: Tensor, z_teacher: Tensor) -> Sums:
+    def outside_sums(self, support: Support, z_student: Tensor, z_teacher: Tensor) -> Tensor:
         """See `RowKernels`."""
-
-        def tile_sums(t: slice) -> Sums:
+        out = z_student.new_zeros(z_student.shape[0], NUM_SUMS, 2)
+        for t in _tiles(z_student):
             inside = _inside(support, z_teacher, t)
-            student, teacher = (_side_sums(z[t].masked_fill(inside, FLOOR)) for z in (z_student, z_teacher))
-            return _named("student", student) | _named("teacher", teacher)
-
-        return _over_tiles(tile_sums, z_student)
+            _sum_up(out[t, :, 0], z_student[t].masked_fill(inside, FLOOR))
+            _sum_up(out[t, :, 1], z_teacher[t].masked_fill(inside, FLOOR))
+        return out
 
     def reshape_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, shift: Tensor) -> None:
         """See `RowKernels`."""
@@ -78,9 +89,9 @@ class TorchRows:
             inside = _inside(support, z_teacher, t)
             z_teacher[t] = torch.where(inside, z_teacher[t], z_student[t] - shift[t])
 
-    def extra(self, spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Sums:
+    def extra(self, spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Tensor:
         """See `RowKernels`."""
-        return _over_tiles(lambda t: _row_extra(spec, z_student[t], z_teacher[t], norms.rows(t)), z_student)
+        return torch.cat([_value_and_extra(spec, z_student[t], z_teacher[t], norms.rows(t)) for t in _tiles(z_student)])
 
     def divergence(
         self,
@@ -111,11 +122,6 @@ def _tiles(z: Tensor) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, z.shape[0], rows)]
 
 
-def _over_tiles(function: Callable[[slice], Sums], z: Tensor) -> Sums:
-    parts = [function(t) for t in _tiles(z)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
 def _inside(support: Support, z_teacher: Tensor, tile: slice) -> Tensor:
     """Return the columns `[R, V_local]` of the rows `tile` that belong to the support."""
     z, threshold, quota = z_teacher[tile], support.threshold[tile, None], support.quota[tile, None]
@@ -123,39 +129,45 @@ def _inside(support: Support, z_teacher: Tensor, tile: slice) -> Tensor:
     return (z > threshold) | (tied & (tied.cumsum(1, dtype=torch.int32) <= quota))
 
 
-def _side_sums(z: Tensor, delta: Tensor | None = None, *, entropy: bool = False, argmax: bool = False) -> Sums:
+def _sum_up(
+    out: Tensor,
+    z: Tensor,
+    *,
+    delta: Tensor | None = None,
+    entropy: bool = False,
+    argmax: bool = False,
+    label: Tensor | None = None,
+) -> None:
+    """Write one side's sums of the logits `z` `[R, V_local]` into `out` `[R, 6]`."""
     if z.shape[1] == 0:
-        empty = z.new_zeros(z.shape[0])
-        wanted = {"delta": delta is not None, "entropy": entropy, "argmax": argmax}
-        return {"max": empty + FLOOR, "sum": empty} | {name: empty for name, on in wanted.items() if on}
+        out[:, MAX] = FLOOR
+        return
     maximum, index = z.max(dim=1)
     shifted = z - maximum[:, None]
     e = shifted.exp()
-    sums = {"max": maximum, "sum": e.sum(1)}
+    out[:, MAX], out[:, SUM] = maximum, e.sum(1)
     if delta is not None:
-        sums["delta"] = torch.linalg.vecdot(e, delta)
+        out[:, DELTA] = torch.linalg.vecdot(e, delta)
     if entropy:
-        sums["entropy"] = torch.linalg.vecdot(e, shifted)
+        out[:, ENTROPY] = torch.linalg.vecdot(e, shifted)
     if argmax:
-        sums["argmax"] = index.to(z.dtype)
-    return sums
+        out[:, ARGMAX] = index.to(z.dtype)
+    if label is not None:
+        logit = z.gather(1, label.clamp(min=0)[:, None]).squeeze(1)
+        out[:, LABEL] = logit.masked_fill(label < 0, 0.0)
 
 
-def _named(side: str, sums: Sums) -> Sums:
-    return {f"{side}.{name}": x for name, x in sums.items()}
-
-
-def _row_extra(spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Sums:
+def _value_and_extra(spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Tensor:
     p, q, r = _probabilities(z_student, z_teacher, norms)
     if spec.name == "jsd":
         from_teacher, from_student = _mixture_log_ratios(r, spec.beta)
         m = spec.beta * p + (1.0 - spec.beta) * q
         value = spec.beta * _bregman(p, m, from_teacher).sum(1)
         value += (1.0 - spec.beta) * _bregman(q, m, from_student).sum(1)
-        return {"extra": (spec.beta - 1.0) * torch.linalg.vecdot(q, from_student), "value": value}
+        return torch.stack([value, (spec.beta - 1.0) * torch.linalg.vecdot(q, from_student)], dim=1)
     assert spec.entry_clip is not None
     excess, capped = _entry_excess(p, r, spec.entry_clip)
-    return {"extra": torch.where(capped, p, 0.0).sum(1), "value": _bregman(p, q, r).sum(1) - excess.sum(1)}
+    return torch.stack([_bregman(p, q, r).sum(1) - excess.sum(1), torch.where(capped, p, 0.0).sum(1)], dim=1)
 
 
 def _value(spec: Divergence, p: Tensor, q: Tensor, r: Tensor) -> Tensor:
@@ -188,8 +200,10 @@ def _gradient(
 
 
 def _probabilities(z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> tuple[Tensor, Tensor, Tensor]:
-    p = (z_teacher - norms.teacher_max).exp_().div_(norms.teacher_sum)
-    q = (z_student - norms.student_max).exp_().div_(norms.student_sum)
+    q, p = (
+        (z - norms.max[:, i : i + 1]).exp_().div_(norms.total[:, i : i + 1])
+        for i, z in enumerate((z_student, z_teacher))
+    )
     return p, q, (z_student - z_teacher).sub_(norms.log_ratio)
 
 

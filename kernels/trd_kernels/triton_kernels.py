@@ -107,33 +107,38 @@ def _push(z, delta, cols, m, s, d, h, best, DELTA: tl.constexpr, ENTROPY: tl.con
 
 @triton.jit
 def _store_merged(
-    out, rows, num_rows, m, s, d, h, best,
+    out, z_at_label, rows, num_rows, m, s, d, h, best,
     SIDE: tl.constexpr, DELTA: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr,
 ):  # fmt: skip
-    """Merge the lanes and store quantity k of side `SIDE` at `out[k, SIDE, rows]`."""
+    """Merge the lanes and store quantity k of side `SIDE` at `out[rows, k, SIDE]`."""
     mask = rows < num_rows
-    out += rows + SIDE * num_rows
-    step = 2 * num_rows
+    out += rows * 12 + SIDE
     top = tl.max(m, axis=1)
     factor = tl.exp(m - top[:, None])
     tl.store(out, top, mask=mask)
-    tl.store(out + step, tl.sum(s * factor, axis=1), mask=mask)
+    tl.store(out + 2, tl.sum(s * factor, axis=1), mask=mask)
     if DELTA:
-        tl.store(out + 2 * step, tl.sum(d * factor, axis=1), mask=mask)
+        tl.store(out + 4, tl.sum(d * factor, axis=1), mask=mask)
     if ENTROPY:
-        tl.store(out + 3 * step, tl.sum((h + s * (m - top[:, None])) * factor, axis=1), mask=mask)
+        tl.store(out + 6, tl.sum((h + s * (m - top[:, None])) * factor, axis=1), mask=mask)
     if ARGMAX:
         first = tl.min(tl.where(m == top[:, None], best, _LAST), axis=1)
-        tl.store(out + 4 * step, first.to(tl.float32), mask=mask)
+        tl.store(out + 8, first.to(tl.float32), mask=mask)
+    tl.store(out + 10, z_at_label, mask=mask)
+
+
+@triton.jit
+def _at_label(z_ptr, rows, label, mask, row_stride, scale):
+    return tl.load(z_ptr + rows.to(tl.int64) * row_stride + label, mask=mask & (label >= 0), other=0.0) * scale
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def softmax_sums_kernel(
-    zs_ptr, zt_ptr, out_ptr, threshold_ptr, quota_ptr, num_rows, num_columns, stride_s, stride_t, scale,
+    zs_ptr, zt_ptr, out_ptr, label_ptr, threshold_ptr, quota_ptr, num_rows, num_columns, stride_s, stride_t, scale,
     DELTA_S: tl.constexpr, DELTA_T: tl.constexpr, ENTROPY_S: tl.constexpr, ENTROPY_T: tl.constexpr,
-    ARGMAX: tl.constexpr, OUTSIDE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    ARGMAX: tl.constexpr, LABEL: tl.constexpr, OUTSIDE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of both sides over the columns, or with `OUTSIDE` over those outside the support: `out[5, 2, num_rows]`."""
+    """Sums of both sides, `out[num_rows, 6, 2]`, over all columns or with `OUTSIDE` over those outside the support."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < num_rows
     ms = tl.full((ROWS, LANES), _FLOOR, tl.float32)
@@ -155,8 +160,13 @@ def softmax_sums_kernel(
             zt = tl.where(inside, _FLOOR, zt)
         ms, ss, ds, hs, bs = _push(zs, zs - zt, cols, ms, ss, ds, hs, bs, DELTA_S, ENTROPY_S, ARGMAX)
         mt, st, dt, ht, bt = _push(zt, zs - zt, cols, mt, st, dt, ht, bt, DELTA_T, ENTROPY_T, ARGMAX)
-    _store_merged(out_ptr, rows, num_rows, ms, ss, ds, hs, bs, 0, DELTA_S, ENTROPY_S, ARGMAX)
-    _store_merged(out_ptr, rows, num_rows, mt, st, dt, ht, bt, 1, DELTA_T, ENTROPY_T, ARGMAX)
+    label_s, label_t = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if LABEL:
+        label = tl.load(label_ptr + rows, mask=mask, other=-1)
+        label_s = _at_label(zs_ptr, rows, label, mask, stride_s, scale)
+        label_t = _at_label(zt_ptr, rows, label, mask, stride_t, scale)
+    _store_merged(out_ptr, label_s, rows, num_rows, ms, ss, ds, hs, bs, 0, DELTA_S, ENTROPY_S, ARGMAX)
+    _store_merged(out_ptr, label_t, rows, num_rows, mt, st, dt, ht, bt, 1, DELTA_T, ENTROPY_T, ARGMAX)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -192,18 +202,21 @@ def divergence_kernel(
     KIND: tl.constexpr, CLIP: tl.constexpr, VALUE: tl.constexpr, EXTRA: tl.constexpr, GRADIENT: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What is asked for of each row: its value `out[0]`, the row sum `out[1]` that the gradient needs, the gradient."""
+    """What is asked for of each row: value and extra row sum, `out[num_rows, 2]`, and the gradient.
+
+    `norms[num_rows, 8]`: maximum and sum of the student and of the teacher, log-ratio, mean delta, extra, weight.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < num_rows
-    at = norms_ptr + rows
+    at = norms_ptr + rows * 8
     max_s = tl.load(at, mask=mask, other=0.0)[:, None, None]
-    per_s = 1.0 / tl.load(at + num_rows, mask=mask, other=1.0)[:, None, None]
-    max_t = tl.load(at + 2 * num_rows, mask=mask, other=0.0)[:, None, None]
-    per_t = 1.0 / tl.load(at + 3 * num_rows, mask=mask, other=1.0)[:, None, None]
-    log_ratio = tl.load(at + 4 * num_rows, mask=mask, other=0.0)[:, None, None]
-    mean = tl.load(at + 5 * num_rows, mask=mask, other=0.0)[:, None, None]
-    extra = tl.load(at + 6 * num_rows, mask=mask, other=0.0)[:, None, None]
-    weight = tl.load(at + 7 * num_rows, mask=mask, other=0.0)[:, None, None]
+    max_t = tl.load(at + 1, mask=mask, other=0.0)[:, None, None]
+    per_s = 1.0 / tl.load(at + 2, mask=mask, other=1.0)[:, None, None]
+    per_t = 1.0 / tl.load(at + 3, mask=mask, other=1.0)[:, None, None]
+    log_ratio = tl.load(at + 4, mask=mask, other=0.0)[:, None, None]
+    mean = tl.load(at + 5, mask=mask, other=0.0)[:, None, None]
+    extra = tl.load(at + 6, mask=mask, other=0.0)[:, None, None]
+    weight = tl.load(at + 7, mask=mask, other=0.0)[:, None, None]
     value = tl.zeros((ROWS, LANES), tl.float32)
     total = tl.zeros((ROWS, LANES), tl.float32)
     for start in range(0, num_columns, LANES * _VECTOR):
@@ -244,6 +257,6 @@ def divergence_kernel(
         if GRADIENT:
             tl.store(grad_ptr + _offsets(rows, cols, stride_g), (g * weight).to(grad_ptr.dtype.element_ty), mask=ok)
     if VALUE:
-        tl.store(out_ptr + rows, tl.sum(value, axis=1), mask=mask)
+        tl.store(out_ptr + rows * 2, tl.sum(value, axis=1), mask=mask)
     if EXTRA:
-        tl.store(out_ptr + num_rows + rows, tl.sum(total, axis=1), mask=mask)
+        tl.store(out_ptr + rows * 2 + 1, tl.sum(total, axis=1), mask=mask)

@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from trd_kernels.divergence import DIVERGENCES, Divergence, RowNorms
-from trd_kernels.row_kernels import Sums, WantedSums
+from trd_kernels.row_kernels import WantedSums
+from trd_kernels.softmax_sums import NUM_SUMS
 from trd_kernels.support import Support, largest_logits
 from trd_kernels.triton_kernels import (
     REMOVE_BOTH,
@@ -32,9 +33,17 @@ class TritonRows:
     name = "triton"
     logit_copies = 2
 
-    def softmax_sums(self, z_student: Tensor, z_teacher: Tensor, wanted: WantedSums, scale: float = 1.0) -> Sums:
+    def softmax_sums(
+        self,
+        z_student: Tensor,
+        z_teacher: Tensor,
+        wanted: WantedSums,
+        *,
+        scale: float = 1.0,
+        label: Tensor | None = None,
+    ) -> Tensor:
         """See `RowKernels`."""
-        return _sums(z_student, z_teacher, wanted, scale, None)
+        return _sums(z_student, z_teacher, wanted, scale, label, None)
 
     def largest(self, z: Tensor, k: int) -> Tensor:
         """See `RowKernels`."""
@@ -44,18 +53,17 @@ class TritonRows:
         """See `RowKernels`."""
         _rewrite(support, z_student, z_teacher, None, REMOVE_BOTH if both else REMOVE_TEACHER)
 
-    def outside_sums(self, support: Support, z_student: Tensor, z_teacher: Tensor) -> Sums:
+    def outside_sums(self, support: Support, z_student: Tensor, z_teacher: Tensor) -> Tensor:
         """See `RowKernels`."""
-        return _sums(z_student, z_teacher, WantedSums(), 1.0, support)
+        return _sums(z_student, z_teacher, WantedSums(), 1.0, None, support)
 
     def reshape_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, shift: Tensor) -> None:
         """See `RowKernels`."""
         _rewrite(support, z_student, z_teacher, shift.squeeze(1), RESHAPE_TEACHER)
 
-    def extra(self, spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Sums:
+    def extra(self, spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Tensor:
         """See `RowKernels`."""
-        value, extra = _divergence(spec, z_student, z_teacher, norms, None, None, None, with_extra=True)
-        return {"extra": extra, "value": value}
+        return _divergence(spec, z_student, z_teacher, norms, None, None, None, with_extra=True)
 
     def divergence(
         self,
@@ -70,29 +78,29 @@ class TritonRows:
     ) -> Tensor | None:
         """See `RowKernels`."""
         out = _divergence(spec, z_student, z_teacher, norms, extra, gradient_scale, gradient, with_extra=False)
-        return None if spec.needs_extra else out[0]
+        return None if spec.needs_extra else out[:, 0]
 
 
-def _sums(z_student: Tensor, z_teacher: Tensor, wanted: WantedSums, scale: float, outside: Support | None) -> Sums:
+def _sums(
+    z_student: Tensor,
+    z_teacher: Tensor,
+    wanted: WantedSums,
+    scale: float,
+    label: Tensor | None,
+    outside: Support | None,
+) -> Tensor:
     num_rows, num_columns = z_student.shape
-    out = z_student.new_zeros(5, 2, num_rows)
+    out = z_student.new_zeros(num_rows, NUM_SUMS, 2)
     rule = (out, out) if outside is None else _rule(outside)
     launch = _Launch.of(num_columns)
     softmax_sums_kernel[launch.grid(num_rows)](
-        z_student, z_teacher, out, *rule, num_rows, num_columns, z_student.stride(0), z_teacher.stride(0), scale,
+        z_student, z_teacher, out, out if label is None else label.contiguous(), *rule,
+        num_rows, num_columns, z_student.stride(0), z_teacher.stride(0), scale,
         DELTA_S=wanted.student_delta, DELTA_T=wanted.teacher_delta,
         ENTROPY_S=wanted.student_entropy, ENTROPY_T=wanted.teacher_entropy,
-        ARGMAX=wanted.argmax, OUTSIDE=outside is not None, **launch.options,
+        ARGMAX=wanted.argmax, LABEL=label is not None, OUTSIDE=outside is not None, **launch.options,
     )  # fmt: skip
-    on = {
-        "max": (True, True),
-        "sum": (True, True),
-        "delta": (wanted.student_delta, wanted.teacher_delta),
-        "entropy": (wanted.student_entropy, wanted.teacher_entropy),
-        "argmax": (wanted.argmax, wanted.argmax),
-    }
-    sides = ("student", "teacher")
-    return {f"{sides[i]}.{name}": out[k, i] for k, name in enumerate(on) for i in (0, 1) if on[name][i]}
+    return out
 
 
 def _rule(support: Support) -> tuple[Tensor, Tensor]:
@@ -120,12 +128,12 @@ def _divergence(
     *,
     with_extra: bool,
 ) -> Tensor:
-    """Return `[2, C]`: values and extra row sums."""
+    """Return `[C, 2]`: values and extra row sums."""
     num_rows, num_columns = z_student.shape
     none = torch.zeros_like(norms.log_ratio)
-    columns = (*norms[:5], norms.student_delta, extra, scale)
-    packed = torch.cat([none if x is None else x for x in columns], dim=1).t().contiguous()
-    out = z_student.new_zeros(2, num_rows)
+    columns = (norms.max, norms.total, norms.log_ratio, norms.student_delta, extra, scale)
+    packed = torch.cat([none if x is None else x for x in columns], dim=1)
+    out = z_student.new_zeros(num_rows, 2)
     target = z_student if gradient is None else gradient
     launch = _Launch.of(num_columns)
     divergence_kernel[launch.grid(num_rows)](

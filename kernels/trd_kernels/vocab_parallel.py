@@ -62,14 +62,11 @@ class VocabShard:
         return out.view(self.world_size, *x.shape)
 
     def all_gather_columns(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gather named `[C]` or `[C, k]` tensors of one dtype with one all-gather; each gains a leading rank dim."""
-        packed = self.all_gather(torch.cat([c.unsqueeze(1) if c.ndim == 1 else c for c in columns.values()], dim=1))
-        widths = [1 if c.ndim == 1 else c.shape[1] for c in columns.values()]
-        pieces = packed.split(widths, dim=2)
-        return {
-            name: piece.squeeze(2) if column.ndim == 1 else piece
-            for (name, column), piece in zip(columns.items(), pieces, strict=True)
-        }
+        """Gather named `[C, k]` tensors of one dtype with one all-gather; each gains a leading rank dimension."""
+        if self.world_size == 1:
+            return {name: x.unsqueeze(0) for name, x in columns.items()}
+        packed = self.all_gather(torch.cat(list(columns.values()), dim=1))
+        return dict(zip(columns, packed.split([x.shape[1] for x in columns.values()], dim=2), strict=True))
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over ranks in rank order, bit-identical on all of them. One all-gather."""
