@@ -6,6 +6,7 @@ import logging
 import sys
 
 _ROOT = "megatron_trd"
+_LIBRARIES = ("trd_kernels",)  # ours too, with loggers of their own
 
 
 def configure(rank: int) -> None:
@@ -13,10 +14,11 @@ def configure(rank: int) -> None:
     speaker = "" if rank == 0 else f" rank {rank}"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"[%(asctime)s] %(levelname)s{speaker}: %(message)s", "%Y-%m-%d %H:%M:%S"))
-    root = logging.getLogger(_ROOT)
-    root.handlers = [handler]
-    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    root.propagate = False
+    for name in (_ROOT, *_LIBRARIES):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        logger.propagate = False
 
 
 def get_logger(name: str) -> logging.Logger:

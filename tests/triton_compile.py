@@ -43,7 +43,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     for kind, name in enumerate(DIVERGENCES):
         clips = (False, True) if name == "forward_kl" else (False,)
         for clip in clips:
-            base = {"KIND": kind, "CLIP": clip}
+            base = {"KIND": kind, "CLIP": clip, "NEAR_HALF": name != "mixed"}
             label = f"{name}{'-clip' if clip else ''}"
             if name == "jsd" or clip:
                 yield f"{label}-extra", kernels.divergence_kernel, base | first | {"GRADIENT": False}

@@ -25,7 +25,7 @@ from trd_kernels.output import LinearKLDivOutput
 from trd_kernels.statistics_request import StatisticsRequest
 from trd_kernels.token_chunks import TokenChunk
 from trd_kernels.vocab_parallel import VocabShard
-from trd_kernels.workspace import DEFAULT_MB, ChunkSizes
+from trd_kernels.workspace import DEFAULT_WORKSPACE_MB, ChunkSizes
 
 
 @torch.compiler.disable  # the loop is eager by design: a graph of it would be unrolled and rounded differently
@@ -167,7 +167,7 @@ def linear_kl_div(
             sizes = ChunkSizes.given(chunk)
         else:
             sizes = ChunkSizes.within(
-                DEFAULT_MB / shard.world_size if workspace_mb is None else workspace_mb,
+                DEFAULT_WORKSPACE_MB / shard.world_size if workspace_mb is None else workspace_mb,
                 heads=heads,
                 rows=row_kernels,
                 columns=student_weight.shape[0],

@@ -52,16 +52,26 @@ def _difference(p, q, r):
 
 
 @triton.jit
-def _mixture_log_ratios(r, beta):
-    """Return log(m / p) and log(m / q) for m = beta p + (1 - beta) q, from r alone: p or q may have underflowed."""
+def _mixture_log_ratios(r, beta, NEAR_HALF: tl.constexpr):
+    """Return log(m / p) and log(m / q) for m = beta p + (1 - beta) q, from r alone: p or q may have underflowed.
+
+    `NEAR_HALF` promises 0.25 <= beta <= 0.75.
+    """
     x = -tl.abs(r)  # m over the larger of p and q, so that nothing overflows
     expm1 = tl.where(x > -1.0, x + x * x * _phi_over_square(x), tl.exp(x) - 1.0)
     x = tl.where(r > 0.0, beta, 1.0 - beta) * expm1
-    # log(1 + x) = 2 artanh(x / (2 + x)), a series near zero, where 1 + x would round x away.
-    s = x / (2.0 + x)
+    # log(1 + x) = 2 artanh(x / (2 + x)), a series: near zero 1 + x would round x away. One doubling of 1 + x serves
+    # down to a quarter; a device library's logarithm costs more than all the rest.
+    far = x < -0.5
+    y = tl.where(far, 2.0 * x + 1.0, x)
+    s = y / (2.0 + y)
     t = s * s
-    series = 2.0 * s * (1.0 + t * (0.33333333 + t * (0.2 + t * (0.14285714 + t * 0.11111111))))
-    log = tl.where(x > -0.3, series, tl.log2(1.0 + x) * 0.69314718)
+    series = 1.0 + t * (
+        0.33333333 + t * (0.2 + t * (0.14285714 + t * (0.11111111 + t * (0.09090909 + t * 0.07692308))))
+    )
+    log = 2.0 * s * series - tl.where(far, 0.69314718, 0.0)
+    if not NEAR_HALF:
+        log = tl.where(x < -0.75, tl.log2(1.0 + x) * 0.69314718, log)
     return log + tl.maximum(r, 0.0), log - tl.minimum(r, 0.0)
 
 
@@ -200,7 +210,7 @@ def rewrite_outside_kernel(
 def divergence_kernel(
     zs_ptr, zt_ptr, grad_ptr, norms_ptr, out_ptr, num_rows, num_columns, stride_s, stride_t, stride_g, beta, clip,
     KIND: tl.constexpr, CLIP: tl.constexpr, VALUE: tl.constexpr, EXTRA: tl.constexpr, GRADIENT: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    NEAR_HALF: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """What is asked for of each row: value and extra row sum, `out[num_rows, 2]`, and the gradient.
 
@@ -245,7 +255,7 @@ def divergence_kernel(
             terms = beta * _bregman(p, q, r) + (1.0 - beta) * _bregman(q, p, -r)
             g = beta * _difference(p, q, r) + (1.0 - beta) * q * (delta - mean)
         else:
-            from_teacher, from_student = _mixture_log_ratios(r, beta)
+            from_teacher, from_student = _mixture_log_ratios(r, beta, NEAR_HALF)
             m = beta * p + (1.0 - beta) * q
             terms = beta * _bregman(p, m, from_teacher) + (1.0 - beta) * _bregman(q, m, from_student)
             pull = (beta - 1.0) * q * from_student

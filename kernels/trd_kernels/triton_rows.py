@@ -140,7 +140,8 @@ def _divergence(
         z_student, z_teacher, target, packed, out, num_rows, num_columns,
         z_student.stride(0), z_teacher.stride(0), target.stride(0), spec.beta, spec.entry_clip or 0.0,
         KIND=DIVERGENCES.index(spec.name), CLIP=spec.entry_clip is not None,
-        VALUE=with_extra or not spec.needs_extra, EXTRA=with_extra, GRADIENT=gradient is not None, **launch.options,
+        VALUE=with_extra or not spec.needs_extra, EXTRA=with_extra, GRADIENT=gradient is not None,
+        NEAR_HALF=0.25 <= spec.beta <= 0.75, **launch.options,
     )  # fmt: skip
     return out
 

@@ -16,7 +16,7 @@ from trd_kernels.checks import require
 from trd_kernels.heads import Heads
 from trd_kernels.row_kernels import RowKernels
 
-DEFAULT_MB = 1200
+DEFAULT_WORKSPACE_MB = 1200
 """MiB, divided by the ranks that share the vocabulary: 512 and 2048 tokens at 151,936 columns in bf16."""
 
 _GRADIENT_RATIO = 4

@@ -148,8 +148,11 @@ class ObjectiveConfig:
     """Cap each vocabulary entry's p log(p/q) at this many nats before the sum (forward KL); unset = no cap."""
     loss_normalization: Literal["sequence", "token"] = "sequence"
     """`sequence`: mean over sequences of the token mean (Eq. 6); `token`: mean over all tokens of the step."""
-    kl_workspace_mb: int = 1024
-    """Upper bound in MiB on the logits workspace of the loss, whatever the number of tokens."""
+    kl_workspace_mb: int | None = None
+    """Upper bound in MiB on the logits workspace of the loss on each rank, whatever the number of tokens; unset = 1200
+    divided by `--tensor-model-parallel-size`."""
+    kl_backend: Literal["auto", "torch", "triton"] = "auto"
+    """Row kernels of the loss: `auto` takes Triton on a GPU and plain torch elsewhere."""
 
     def __post_init__(self) -> None:
         _require(
@@ -180,7 +183,8 @@ class ObjectiveConfig:
             self.teacher_top_k,
             f"works with forward-kl and reverse-kl, not {self.divergence}",
         )
-        _require(self.kl_workspace_mb >= 1, "kl-workspace-mb", self.kl_workspace_mb, "give at least 1")
+        mb = self.kl_workspace_mb
+        _require(mb is None or mb >= 1, "kl-workspace-mb", mb, "give at least 1, or leave it unset")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

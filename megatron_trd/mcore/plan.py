@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_trd.config.schema import Config
 from megatron_trd.mcore.hf_config import HFModel
 from megatron_trd.mcore.layouts import ADAPTED
+from trd_kernels import DEFAULT_WORKSPACE_MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ def memory_plan(config: Config, student: HFModel, teacher: HFModel, world_size: 
             "gradients (fp32)": trainable * 4 // tp,
             "optimizer": trainable * optimizer // tp // optimizer_shards,
             "teacher weights": num_parameters(teacher) * weight // tp if own_teacher else 0,
-            "workspace of the loss (at most)": config.objective.kl_workspace_mb * 2**20,
+            "workspace of the loss (at most)": (config.objective.kl_workspace_mb or DEFAULT_WORKSPACE_MB // tp) * 2**20,
         },
         trainable_parameters=trainable,
     )

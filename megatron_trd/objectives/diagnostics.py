@@ -44,11 +44,12 @@ def diagnostic_sums(
         return torch.where(chosen, x, 0).double().sum(), chosen.double().sum()
 
     stats = output.stats
+    divergence = stats["divergence"]  # before the clip
     sums = {
         "loss": ((token_weight_R * values).double().sum(), token_weight_R.double().sum()),
-        "divergence": mean_over(real, values),
-        "divergence_correct": mean_over(real & (y_o_correct_R == 1), values),
-        "divergence_incorrect": mean_over(real & (y_o_correct_R == 0), values),
+        "divergence": mean_over(real, divergence),
+        "divergence_correct": mean_over(real & (y_o_correct_R == 1), divergence),
+        "divergence_incorrect": mean_over(real & (y_o_correct_R == 0), divergence),
         "student_nll": mean_over(real, -stats["student_logprob"]),
         "teacher_nll": mean_over(real, -stats["teacher_logprob"]),
         "student_entropy": mean_over(real, stats["student_entropy"]),

@@ -51,4 +51,5 @@ def distillation_loss(
         tp_group=tp_group,
         sequence_parallel=sequence_parallel,
         workspace_mb=config.kl_workspace_mb,
+        backend=config.kl_backend,
     )

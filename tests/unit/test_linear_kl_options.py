@@ -14,7 +14,7 @@ from tests.linear_kl_dense import MODES, Case, dense, peaked_case, relative_erro
 from trd_kernels import LinearKLDivOutput, linear_kl_div
 from trd_kernels.heads import Heads
 from trd_kernels.torch_rows import TorchRows
-from trd_kernels.workspace import DEFAULT_MB, ChunkSizes
+from trd_kernels.workspace import DEFAULT_WORKSPACE_MB, ChunkSizes
 
 
 def call(case: Case, hidden: Tensor, head: Tensor, **options: Any) -> LinearKLDivOutput:
@@ -59,11 +59,14 @@ def test_default_chunks_of_a_large_vocabulary() -> None:
         )
         return ChunkSizes.within(budget_mb, heads=heads, rows=CopiesTwo(), columns=columns, with_grad=with_grad)
 
-    assert sizes(151_936, DEFAULT_MB) == (512, 2048)
-    assert sizes(38_016, DEFAULT_MB / 4) == (512, 2048)
-    assert sizes(19_072, DEFAULT_MB / 8) == (512, 2048)
-    assert sizes(151_936, DEFAULT_MB, with_grad=False) == (1024, 1024)
-    assert sizes(151_936, DEFAULT_MB, dtype=torch.float32) == (1024, 1024)  # the gradient overwrites the logits
+    assert sizes(151_936, DEFAULT_WORKSPACE_MB) == (512, 2048)
+    assert sizes(38_016, DEFAULT_WORKSPACE_MB / 4) == (512, 2048)
+    assert sizes(19_072, DEFAULT_WORKSPACE_MB / 8) == (512, 2048)
+    assert sizes(151_936, DEFAULT_WORKSPACE_MB, with_grad=False) == (1024, 1024)
+    assert sizes(151_936, DEFAULT_WORKSPACE_MB, dtype=torch.float32) == (
+        1024,
+        1024,
+    )  # the gradient overwrites the logits
     assert sizes(151_936, 1) == (1, 4)
     for budget in (37, 300, 1200):
         logits, gradient = sizes(151_936, budget)

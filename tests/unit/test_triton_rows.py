@@ -67,6 +67,16 @@ def test_any_number_of_columns(mode: str, vocab_size: int) -> None:
     assert max(found.values()) <= (2e-5 if "clip" in mode else 1e-5), found
 
 
+@pytest.mark.parametrize("beta", [0.01, 0.2, 0.25, 0.5, 0.75, 0.8, 0.99])
+@pytest.mark.parametrize("offset", [0.0, 60.0])
+def test_jsd_of_any_beta(beta: float, offset: float) -> None:
+    """Logarithms of mixtures come from one series near one half and from two pieces elsewhere."""
+    case = peaked_case(dtype=torch.float32, offset=offset)
+    options = {"divergence": "jsd", "beta": beta}
+    found = errors(case, run(case, **options), **options)
+    assert max(found.values()) <= (2e-4 if offset else 2e-5), found
+
+
 @pytest.mark.parametrize("mode", ["top-6-both", "top-6-teacher", "top-6-tail"])
 def test_ties_at_the_threshold_go_to_the_lowest_ids(mode: str) -> None:
     exact = tied_case()
