@@ -25,20 +25,18 @@ from trd_kernels.divergence import DIVERGENCES
 
 WARPS = 8
 LANES = 1024
-POINTER = {"label_ptr": "*i64", "threshold_ptr": "*fp32", "quota_ptr": "*i32", "grad_ptr": "*bf16"}
+POINTER = {"label_ptr": "*i64", "grad_ptr": "*bf16"}
 SCALAR = {"scale": "fp32", "beta": "fp32", "clip": "fp32"}
 # Blocks start on aligned addresses and their rows too; the number of rows is never specialised on.
-ALIGNED = re.compile(r".*_ptr|stride_.|num_columns")
+ALIGNED = re.compile(r".*_ptr|stride_.+|num_columns")
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yield a name, a kernel and its constants for all that the launches can ask for on a GPU."""
-    nothing = dict.fromkeys(("DELTA_S", "DELTA_T", "ENTROPY_S", "ENTROPY_T", "ARGMAX", "LABEL", "OUTSIDE"), False)
+    nothing = dict.fromkeys(("DELTA_S", "DELTA_T", "ENTROPY_S", "ENTROPY_T", "ARGMAX", "LABEL"), False)
     yield "sums", kernels.softmax_sums_kernel, nothing
-    yield "sums-all", kernels.softmax_sums_kernel, dict.fromkeys(nothing, True) | {"OUTSIDE": False}
-    yield "sums-outside", kernels.softmax_sums_kernel, nothing | {"OUTSIDE": True}
-    for mode in (kernels.REMOVE_TEACHER, kernels.REMOVE_BOTH, kernels.RESHAPE_TEACHER):
-        yield f"rewrite-{mode}", kernels.rewrite_outside_kernel, {"MODE": mode}
+    yield "sums-all", kernels.softmax_sums_kernel, dict.fromkeys(nothing, True)
+    yield "spread", kernels.spread_kernel, {}
     first, second = {"VALUE": True, "EXTRA": True}, {"VALUE": False, "EXTRA": False}
     for kind, name in enumerate(DIVERGENCES):
         clips = (False, True) if name == "forward_kl" else (False,)

@@ -1,7 +1,7 @@
 """The loop over token chunks: two head products, row sums, divergence and gradient, two gradient products.
 
 Per piece of C_l tokens the ranks exchange one all-gather of a few numbers per row (two for JSD and the entry clip,
-two for a renormalised top-K, three for its tail bucket), and the rows themselves under sequence parallelism; per
+three for a renormalised top-K, four for its tail bucket), and the rows themselves under sequence parallelism; per
 chunk of C_g tokens one sum of hidden-state gradients. What is reported of the tokens is put together once, at the
 end, so that a piece launches little beside its products and row kernels.
 """
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trd_kernels.divergence import Divergence, RowNorms, first_pass_value
 from trd_kernels.gradients import Gradients
 from trd_kernels.heads import Heads
 from trd_kernels.output import LinearKLDivOutput
 from trd_kernels.row_kernels import RowKernels, WantedSums
-from trd_kernels.softmax_sums import MergedSums
+from trd_kernels.softmax_sums import FLOOR, MergedSums
 from trd_kernels.statistics_request import StatisticsRequest
-from trd_kernels.support import select_support
+from trd_kernels.support import Outcomes, largest, support_mask
 from trd_kernels.token_chunks import TokenChunk
 from trd_kernels.token_record import TokenRecord
 from trd_kernels.vocab_parallel import VocabShard
@@ -69,13 +71,63 @@ class ChunkPass:
     def _run_piece(
         self, piece: TokenChunk, student_rows: Tensor, z_student: Tensor, z_teacher: Tensor, logits_grad: Tensor | None
     ) -> None:
-        heads, spec, rows, record = self.heads, self.spec, self.rows, self.record
+        heads, spec = self.heads, self.spec
         alpha = 1.0 / spec.temperature
         heads.matmul(student_rows, heads.student_weight.t(), alpha=alpha, out=z_student)
         heads.matmul(self._rows(heads.teacher_input, piece), heads.teacher_weight.t(), alpha=alpha, out=z_teacher)
 
-        norms = self._row_norms(piece.tokens, z_student, z_teacher)
-        extra = value = is_open = None
+        as_observed = spec.temperature == 1.0 and spec.top_k == 0
+        gathered = self._observe(piece.tokens, z_student, z_teacher, for_norms=as_observed)
+        if spec.top_k > 0:
+            self._compare_on_support(piece, z_student, z_teacher, logits_grad)
+            return
+        if not as_observed:  # the statistics are those of temperature 1
+            sums = self.rows.softmax_sums(z_student, z_teacher, WantedSums(**self._deltas))
+            gathered = self.shard.all_gather(sums.flatten(1))
+        norms = RowNorms.of(MergedSums.of(gathered), **self._deltas)
+        self._compare(piece.tokens, z_student, z_teacher, norms, logits_grad)
+
+    @property
+    def _deltas(self) -> dict[str, bool]:
+        return {"student_delta": self.spec.needs_student_delta, "teacher_delta": self.spec.needs_teacher_delta}
+
+    def _observe(self, tokens: Tensor, z_student: Tensor, z_teacher: Tensor, *, for_norms: bool) -> Tensor:
+        """Record what the statistics need; return the sums of all ranks, with what the norms need of them too."""
+        request = self.request
+        if not (for_norms or request.observes):
+            return z_student
+        wanted = request.wanted_sums(**{name: on and for_norms for name, on in self._deltas.items()})
+        scale = self.spec.temperature  # the blocks hold tempered logits
+        columns = request.columns(self.rows, z_student, z_teacher, wanted, scale=scale, tokens=tokens)
+        gathered = self.shard.all_gather_columns(columns)
+        if request.observes:
+            self.record.observed.append({name: x for name, x in gathered.items() if name in ("sums", "token_set")})
+        if request.top_k > 0:
+            self.record.top_k.append(request.read_top_k(gathered, MergedSums.of(gathered["sums"])))
+        return gathered["sums"]
+
+    def _compare_on_support(
+        self, piece: TokenChunk, z_student: Tensor, z_teacher: Tensor, logits_grad: Tensor | None
+    ) -> None:
+        """Compare the few outcomes that the support leaves, and give their gradient back to the logits."""
+        spec, shard = self.spec, self.shard
+        values, columns = largest(z_teacher, spec.top_k)
+        padded = pad(values, (0, spec.top_k - values.shape[1]), value=FLOOR)
+        inside = support_mask(values, shard.all_gather(padded), spec.top_k, shard.rank)
+        outcomes = Outcomes.of(z_student, z_teacher, columns, inside, mode=spec.top_k_mode, rows=self.rows, shard=shard)
+        sums = self.rows.softmax_sums(outcomes.student, outcomes.teacher, WantedSums(**self._deltas))
+        norms = RowNorms.of(MergedSums.of(shard.all_gather(sums.flatten(1))), **self._deltas)
+        gradient = None if logits_grad is None else torch.empty_like(outcomes.student)
+        self._compare(piece.tokens, outcomes.student, outcomes.teacher, norms, gradient)
+        if gradient is not None and logits_grad is not None:
+            outcomes.spread(gradient, z_student, self.rows, out=logits_grad)
+
+    def _compare(
+        self, tokens: Tensor, z_student: Tensor, z_teacher: Tensor, norms: RowNorms, gradient: Tensor | None
+    ) -> None:
+        """Record the piece's values; write the gradient of its logits, weighted, where one is wanted."""
+        spec, rows, record = self.spec, self.rows, self.record
+        extra = value = is_open = scale = None
         if spec.needs_extra:
             parts = rows.extra(spec, z_student, z_teacher, norms)
             value, summed = parts[:, 0], self.shard.sum(parts)
@@ -84,60 +136,17 @@ class ChunkPass:
             first = summed[:, 0] if spec.needs_extra else first_pass_value(spec, norms)
             is_open = first < spec.token_clip
             record.is_open.append(is_open)
-        if value is None or logits_grad is not None:
-            scale = None
-            if logits_grad is not None:
-                scale = self.weight[piece.tokens] * (spec.loss_scale / spec.temperature)
-                scale = (scale if is_open is None else scale * is_open)[:, None]
+        if gradient is not None:
+            scale = self.weight[tokens] * (spec.loss_scale / spec.temperature)
+            scale = (scale if is_open is None else scale * is_open)[:, None]
+        if value is None or gradient is not None:
             part = rows.divergence(
-                spec, z_student, z_teacher, norms, extra=extra, gradient_scale=scale, gradient=logits_grad
+                spec, z_student, z_teacher, norms, extra=extra, gradient_scale=scale, gradient=gradient
             )
             value = part if value is None else value
         assert value is not None
-        record.tokens.append(piece.tokens)
+        record.tokens.append(tokens)
         record.values.append(value)
-
-    def _row_norms(self, tokens: Tensor, z_student: Tensor, z_teacher: Tensor) -> RowNorms:
-        """Record what the statistics need of the piece and return the softmaxes that the divergence compares.
-
-        Leaves in the two blocks the logits that it compares: cut to the support.
-        """
-        spec, request, rows = self.spec, self.request, self.rows
-        deltas = {"student_delta": spec.needs_student_delta, "teacher_delta": spec.needs_teacher_delta}
-        as_observed = spec.temperature == 1.0 and spec.top_k == 0
-        columns: dict[str, Tensor] = {}
-        if as_observed or request.observes:
-            # The blocks hold tempered logits; statistics are those of temperature 1.
-            wanted = request.wanted_sums(**{name: on and as_observed for name, on in deltas.items()})
-            columns = request.columns(rows, z_student, z_teacher, wanted, scale=spec.temperature, tokens=tokens)
-        if spec.top_k > 0:
-            columns["largest"] = rows.largest(z_teacher, spec.top_k)
-        gathered = self.shard.all_gather_columns(columns) if columns else {}
-        merged = MergedSums.of(gathered["sums"]) if as_observed or request.top_k > 0 else None
-        if request.observes:
-            self.record.observed.append({name: x for name, x in gathered.items() if name in ("sums", "token_set")})
-        if merged is not None and request.top_k > 0:
-            self.record.top_k.append(request.read_top_k(gathered, merged))
-        if as_observed and merged is not None:
-            return RowNorms.of(merged, **deltas)
-        if spec.top_k > 0:
-            self._cut_to_support(gathered["largest"], z_student, z_teacher)
-        sums = rows.softmax_sums(z_student, z_teacher, WantedSums(**deltas))
-        return RowNorms.of(MergedSums.of(self.shard.all_gather(sums.flatten(1))), **deltas)
-
-    def _cut_to_support(self, largest: Tensor, z_student: Tensor, z_teacher: Tensor) -> None:
-        """Rewrite logits outside the support so that the full-vocabulary formulas give the restricted divergence.
-
-        Renormalising removes them. For the tail bucket, the teacher's tail takes the shape of the student's: inside
-        it log(q / p) is then the log-ratio of the two tail masses, at every column, in values and gradients alike.
-        """
-        support = select_support(largest, self.spec.top_k, self.shard.rank)
-        if self.spec.top_k_mode != "tail_bucket":
-            both = self.spec.top_k_mode == "renorm_both"
-            self.rows.remove_outside(support, z_student, z_teacher, both=both)
-            return
-        sums = self.shard.all_gather(self.rows.outside_sums(support, z_student, z_teacher).flatten(1))
-        self.rows.reshape_outside(support, z_student, z_teacher, RowNorms.of(MergedSums.of(sums)).log_ratio)
 
     def _rows(self, source: Tensor, piece: TokenChunk) -> Tensor:
         """Return the piece's rows of an input `[C, H]`; all-gathered under sequence parallelism."""

@@ -43,17 +43,11 @@ class Divergence:
             self.top_k_mode in TOP_K_MODES, "top_k_mode", self.top_k_mode, f"choose one of {', '.join(TOP_K_MODES)}"
         )
         require(
-            self.top_k == 0 or self.name in ("forward_kl", "reverse_kl"),
-            "teacher_top_k",
-            self.top_k,
-            f"works with forward_kl and reverse_kl, not {self.name}",
-        )
-        require(
-            self.top_k == 0 or self.name != "reverse_kl" or self.top_k_mode != "renorm_teacher",
+            self.top_k == 0 or self.name == "forward_kl" or self.top_k_mode != "renorm_teacher",
             "top_k_mode",
             self.top_k_mode,
-            "KL(student || teacher) is infinite when only the teacher is cut to its support; "
-            "use renorm_both or tail_bucket with reverse_kl",
+            f"works with forward_kl, not {self.name}: KL(student || teacher) is infinite when only the teacher is cut "
+            "to its support; use renorm_both or tail_bucket",
         )
         for argument, clip in (("token_clip", self.token_clip), ("entry_clip", self.entry_clip)):
             require(clip is None or clip > 0, argument, clip, "must be positive; None means no cap")
@@ -102,8 +96,7 @@ class RowNorms(NamedTuple):
     @classmethod
     def of(cls, merged: MergedSums, *, student_delta: bool = False, teacher_delta: bool = False) -> RowNorms:
         """Take from the merged sums of both sides what is needed."""
-        # The difference of maxima is exact for close logits; a difference of two lse would round at their size.
-        log_ratio = (merged.max[:, :1] - merged.max[:, 1:]) + (merged.log_total[:, :1] - merged.log_total[:, 1:])
+        log_ratio = merged.log_ratio()
         delta = merged.mean(DELTA) if student_delta or teacher_delta else log_ratio
         return cls(
             max=merged.max,

@@ -7,7 +7,6 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from trd_kernels.divergence import Divergence, RowNorms
-from trd_kernels.support import Support
 
 
 class WantedSums(NamedTuple):
@@ -24,8 +23,8 @@ class RowKernels(Protocol):
     """Blocks are `[C, V_local]` views with contiguous columns; what is per row is `[C, ...]`."""
 
     name: str
-    logit_copies: int
-    """Size of both blocks and of the temporaries besides them, in blocks of logits."""
+    scratch_mb: float
+    """MiB of temporaries beside the blocks of logits, and never more than half of those."""
 
     def softmax_sums(
         self,
@@ -41,17 +40,8 @@ class RowKernels(Protocol):
         `label` `[C]` int64 is a column, or -1 for none, whose logits become 0.
         """
 
-    def largest(self, z: Tensor, k: int) -> Tensor:
-        """Return the `k` largest logits of each row, `[C, k]` in descending order, filled up with `FLOOR`."""
-
-    def remove_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, *, both: bool) -> None:
-        """Overwrite the teacher's logits outside the support by `FLOOR`, with `both` the student's too."""
-
-    def outside_sums(self, support: Support, z_student: Tensor, z_teacher: Tensor) -> Tensor:
-        """Return the maxima and sums of `softmax_sums` over the columns outside the support."""
-
-    def reshape_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, shift: Tensor) -> None:
-        """Overwrite the teacher's logits outside the support by `z_student - shift`, `shift` `[C, 1]`."""
+    def spread(self, z: Tensor, maximum: Tensor, factor: Tensor, *, out: Tensor) -> None:
+        """Write `factor * exp(z - maximum)` into `out` `[C, V_local]`; `maximum` and `factor` are `[C, 1]`."""
 
     def extra(self, spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Tensor:
         """Return this rank's part of the value and of the extra row sum, `[C, 2]`, for `needs_extra` divergences."""

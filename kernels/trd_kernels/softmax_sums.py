@@ -44,6 +44,11 @@ class MergedSums(NamedTuple):
         total = (sums[:, :, SUM] * factor).sum(0)
         return cls(sums, factor, maximum, total, total.log())
 
+    def log_ratio(self) -> Tensor:
+        """Return lse(z_S) - lse(z_T), `[C, 1]`."""
+        # The difference of maxima is exact for close logits; a difference of two lse would round at their size.
+        return (self.max[:, :1] - self.max[:, 1:]) + (self.log_total[:, :1] - self.log_total[:, 1:])
+
     def mean(self, quantity: int) -> Tensor:
         """Return the mean under each side's softmax of what `quantity` sums up."""
         return (self.sums[:, :, quantity] * self.factor).sum(0) / self.total

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trd_kernels.checks import require
 from trd_kernels.row_kernels import RowKernels, WantedSums
 from trd_kernels.softmax_sums import ARGMAX, FLOOR, MAX, SIDES, MergedSums
-from trd_kernels.support import largest_with_columns, merge_largest
+from trd_kernels.support import largest, merge_largest
 from trd_kernels.vocab_parallel import VocabShard
 
 STATISTICS = (
@@ -66,7 +67,7 @@ class StatisticsRequest:
         if "student_logprob" in stats or "teacher_logprob" in stats:
             require(labels is not None, "labels", labels, "student_logprob and teacher_logprob in stats need them")
             assert labels is not None
-            padded = torch.nn.functional.pad(labels, (0, 1))
+            padded = pad(labels, (0, 1))
             column, owned = shard.local_ids(padded)
             column = column.masked_fill(~owned, -1)
             known = (padded >= 0) & (padded < vocab_size)
@@ -131,9 +132,10 @@ class StatisticsRequest:
             out["token_set"] = e.sum(1, keepdim=True)
         if self.top_k > 0:
             for side, z in zip(SIDES, (z_student, z_teacher), strict=True):
-                values, columns = largest_with_columns(z, self.top_k)
-                out[f"{side}_values"] = torch.where(values > FLOOR, values * scale, values)
-                out[f"{side}_ids"] = (columns + self.first_id).to(z.dtype)
+                values, columns = largest(z, self.top_k)
+                missing = self.top_k - values.shape[1]
+                out[f"{side}_values"] = pad(values * scale, (0, missing), value=FLOOR)
+                out[f"{side}_ids"] = pad((columns + self.first_id).to(z.dtype), (0, missing))
         return out
 
     def read(self, gathered: dict[str, Tensor], merged: MergedSums, tokens: Tensor) -> dict[str, Tensor]:

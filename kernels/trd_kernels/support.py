@@ -1,79 +1,146 @@
-"""The teacher's top-K support, chosen exactly over a sharded vocabulary.
+"""The teacher's top-K support, chosen exactly over a sharded vocabulary, and the few outcomes it leaves to compare.
 
-A support is not a list of ids but a rule each rank applies to its own columns: logits above a threshold, and of
-the logits equal to it the first few. Ties therefore go to the lowest ids, whatever the number of ranks.
+A rank lists its own K largest teacher logits; the K-th largest of all ranks and a quota of ties say which of them
+belong to the support. Ties go to the lowest ids, whatever the number of ranks. The divergence then runs over the
+listed columns, and over one more that stands for all the others where those count: a bucket with the student's mass
+of the rank's other columns. Its gradient is spread over them in proportion to that mass.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trd_kernels.softmax_sums import FLOOR
+from trd_kernels.row_kernels import RowKernels, WantedSums
+from trd_kernels.softmax_sums import FLOOR, MAX, SUM, MergedSums
+from trd_kernels.vocab_parallel import VocabShard
 
 _TILE = 256
 
 
-class Support(NamedTuple):
-    """The rule of each row on this rank, `[C]` each."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcomes:
+    """What a restricted divergence compares on this rank: L listed columns, and the bucket if there is one."""
 
-    threshold: Tensor
-    """The K-th largest teacher logit of the row."""
-    quota: Tensor
-    """How many columns equal to the threshold this rank contributes, lowest ids first."""
+    student: Tensor
+    """`[C, L]` or `[C, L + 1]` logits, `FLOOR` where a listed column is outside the support."""
+    teacher: Tensor
+    columns: Tensor
+    """`[C, L]` int64."""
+    outside: Tensor | None
+    """`[C, 6, 2]` softmax sums of the rank's other columns; None without a bucket."""
+
+    @classmethod
+    def of(
+        cls,
+        z_student: Tensor,
+        z_teacher: Tensor,
+        columns: Tensor,
+        inside: Tensor,
+        *,
+        mode: str,
+        rows: RowKernels,
+        shard: VocabShard,
+    ) -> Outcomes:
+        """Take the `columns` that are `inside` `[C, L]` out of the two blocks, which are overwritten there.
+
+        `mode` is a name of `TOP_K_MODES`. With a bucket: one pass over the blocks, and for `tail_bucket` one
+        all-gather.
+        """
+        student, teacher = (z.gather(1, columns) for z in (z_student, z_teacher))
+        if mode == "renorm_both":
+            return cls(
+                student=student.masked_fill_(~inside, FLOOR),
+                teacher=teacher.masked_fill_(~inside, FLOOR),
+                columns=columns,
+                outside=None,
+            )
+        for z, listed in ((z_student, student), (z_teacher, teacher)):
+            z.scatter_(1, columns, listed.masked_fill(inside, FLOOR))
+        outside = rows.softmax_sums(z_student, z_teacher, WantedSums())
+        bucket = outside[:, MAX, :1] + outside[:, SUM, :1].clamp(min=1e-30).log()
+        if mode == "tail_bucket":
+            # The teacher's tail in the student's shape: log(q / p) is then that of the two tail masses on every rank.
+            merged = MergedSums.of(shard.all_gather(outside.flatten(1)))
+            teacher_bucket = bucket - merged.log_ratio()
+        else:
+            teacher_bucket = torch.full_like(bucket, FLOOR)
+        return cls(
+            student=torch.cat([student.masked_fill_(~inside, FLOOR), bucket], dim=1),
+            teacher=torch.cat([teacher.masked_fill_(~inside, FLOOR), teacher_bucket], dim=1),
+            columns=columns,
+            outside=outside,
+        )
+
+    def spread(self, gradient: Tensor, z_student: Tensor, rows: RowKernels, *, out: Tensor) -> None:
+        """Turn the gradient of the outcomes into that of the logits, `out` `[C, V_local]`.
+
+        `z_student` is the block that `of` has left behind.
+        """
+        num_listed = self.columns.shape[1]
+        if self.outside is None:
+            out.zero_()
+        else:
+            factor = gradient[:, num_listed:] / self.outside[:, SUM, :1].clamp(min=1e-30)
+            rows.spread(z_student, self.outside[:, MAX, :1], factor, out=out)
+        # Listed columns outside the support have a share of the bucket's gradient, and none of their own.
+        listed = out.gather(1, self.columns) + gradient[:, :num_listed]
+        out.scatter_(1, self.columns, listed.to(out.dtype))
 
 
-def select_support(gathered: Tensor, k: int, rank: int) -> Support:
-    """Turn the `largest_logits` of all ranks, `[ranks, C, k]`, into the rule of rank `rank`."""
+def support_mask(values: Tensor, gathered: Tensor, k: int, rank: int) -> Tensor:
+    """Return which of this rank's `values` `[C, L]`, in ascending order of their columns, belong to the support.
+
+    `gathered` `[ranks, C, k]`: the values of all ranks, filled up with `FLOOR`.
+    """
     candidates = gathered.transpose(0, 1).flatten(1)
-    threshold = candidates.topk(k, dim=1).values[:, -1]
-    tied = (gathered == threshold[:, None]).sum(2)
-    places = k - (candidates > threshold[:, None]).sum(1)
-    before = tied[:rank].sum(0)
-    return Support(threshold, torch.minimum((places - before).clamp(min=0), tied[rank]))
+    threshold = candidates.topk(k, dim=1).values[:, -1:]
+    num_tied = (gathered == threshold).sum(2)
+    places = k - (candidates > threshold).sum(1)
+    quota = (places - num_tied[:rank].sum(0)).clamp(min=0)
+    tied = values == threshold
+    return (values > threshold) | (tied & (tied.cumsum(1) <= quota[:, None]))
 
 
-def largest_logits(z: Tensor, k: int) -> Tensor:
-    """Return the `k` largest values of each row of `z` `[R, V_local]`: `[R, k]`, descending, filled up with `FLOOR`.
+def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the `min(k, V_local)` largest values of each row of `z` `[R, V_local]` and their columns, int64.
 
-    Of a wide row, only the k tiles with the largest maxima are searched: any value outside them has k values in
-    them that are no smaller.
+    In ascending order of columns; among ties the lowest. Of a wide row only the k best tiles are searched: tiles
+    ordered by their maximum and then by their place hold the k best columns in the same order of preference.
     """
     num_tiles = z.shape[1] // _TILE
-    if num_tiles > 8 * k:
-        tiles = z[:, : num_tiles * _TILE].unflatten(1, (num_tiles, _TILE))
-        best = tiles.amax(2).topk(k, dim=1).indices
-        searched = tiles.gather(1, best[:, :, None].expand(-1, -1, _TILE)).flatten(1)
-        z = torch.cat([searched, z[:, num_tiles * _TILE :]], dim=1)
-    available = min(k, z.shape[1])
-    values = z.topk(available, dim=1).values
-    return torch.nn.functional.pad(values, (0, k - available), value=FLOOR)
+    if num_tiles <= 8 * k:
+        return _largest_of(z, k)
+    tiles = z[:, : num_tiles * _TILE].unflatten(1, (num_tiles, _TILE))
+    _, best = _largest_of(tiles.amax(2), k)
+    searched = tiles.gather(1, best[:, :, None].expand(-1, -1, _TILE)).flatten(1)
+    values, places = _largest_of(torch.cat([searched, z[:, num_tiles * _TILE :]], dim=1), k)
+    in_tiles = places < k * _TILE
+    tile = best.gather(1, (places // _TILE).clamp(max=k - 1))
+    return values, torch.where(in_tiles, tile * _TILE + places % _TILE, places - k * _TILE + num_tiles * _TILE)
 
 
-def largest_with_columns(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return `largest_logits` and the columns they stand in, int64 `[R, k]`, the lowest columns among ties."""
-    values = largest_logits(z, k)
-    columns = torch.zeros_like(values, dtype=torch.int64)
-    available = min(k, z.shape[1])
-    if available == 0:
-        return values, columns
-    numbers = torch.arange(z.shape[1], device=z.device, dtype=torch.int32)
-    step = max(1, z.shape[0] // 16)  # the temporaries of a few rows at a time stay small beside the logits
-    for t in (slice(i, i + step) for i in range(0, z.shape[0], step)):
-        threshold = values[t, available - 1, None]
-        # What lies above the threshold comes first, in any order; then the lowest columns that equal it.
-        place = torch.where(z[t] == threshold, numbers, z.shape[1]).masked_fill_(z[t] > threshold, -1)
-        chosen = place.topk(available, dim=1, largest=False).indices.sort(dim=1).values
-        order = z[t].gather(1, chosen).argsort(dim=1, descending=True, stable=True)
-        columns[t, :available] = chosen.gather(1, order)
-    return values, columns
+def _largest_of(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    k = min(k, z.shape[1])
+    if k == 0:
+        return z[:, :0], torch.zeros_like(z[:, :0], dtype=torch.int64)
+    top = z.topk(k, dim=1)
+    threshold = top.values[:, -1:]
+    chosen = top.indices
+    # topk picks any of several ties at the threshold. On a GPU looking whether there are any would be a wait.
+    if z.is_cuda or bool(((z >= threshold).sum(1) > k).any()):
+        numbers = torch.arange(z.shape[1], device=z.device, dtype=torch.int32)
+        place = torch.where(z == threshold, numbers, z.shape[1]).masked_fill_(z > threshold, -1)
+        chosen = place.topk(k, dim=1, largest=False).indices
+    chosen = chosen.sort(dim=1).values
+    return z.gather(1, chosen), chosen
 
 
 def merge_largest(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Merge `[ranks, C, k]` values with their ids into the `k` largest of whole rows: `[C, k]` each."""
+    """Merge `[ranks, C, k]` values with their ids, ascending, into the `k` largest of whole rows: `[C, k]`, falling."""
     values, ids = (x.transpose(0, 1).flatten(1) for x in (values, ids))
-    # Ranks hold ascending ids: a stable sort keeps the lowest first among equals.
+    # Ids ascend over ranks too: a stable sort keeps the lowest first among equals.
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values[:, :k], ids.gather(1, order[:, :k])

@@ -17,12 +17,9 @@ from trd_kernels.softmax_sums import FLOOR
 VECTOR = 4
 """16 bytes of float32, the widest load of a thread."""
 
-REMOVE_TEACHER, REMOVE_BOTH, RESHAPE_TEACHER = 0, 1, 2
-
 _FLOOR = tl.constexpr(FLOOR)
 _LAST = tl.constexpr(2147483647)
 _FORWARD, _REVERSE, _MIXED = (tl.constexpr(DIVERGENCES.index(name)) for name in ("forward_kl", "reverse_kl", "mixed"))
-_REMOVE_BOTH, _RESHAPE_TEACHER = tl.constexpr(REMOVE_BOTH), tl.constexpr(RESHAPE_TEACHER)
 _VECTOR = tl.constexpr(VECTOR)
 
 
@@ -88,16 +85,6 @@ def _offsets(rows, cols, row_stride):
 
 
 @triton.jit
-def _inside(z, threshold, quota, seen, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Return which columns belong to the support, and how many ties with its threshold have been seen."""
-    flat = tl.reshape(z, (ROWS, LANES * _VECTOR))
-    tied = (flat == threshold[:, None]).to(tl.int32)
-    count = tl.cumsum(tied, axis=1) + seen[:, None]
-    inside = (flat > threshold[:, None]) | ((tied > 0) & (count <= quota[:, None]))
-    return tl.reshape(inside, (ROWS, LANES, _VECTOR)), seen + tl.sum(tied, axis=1)
-
-
-@triton.jit
 def _push(z, delta, cols, m, s, d, h, best, DELTA: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr):
     """Take one block into the running values of each lane: maximum, sum, delta, entropy, column of the maximum."""
     block_max = tl.max(z, axis=2)
@@ -144,30 +131,22 @@ def _at_label(z_ptr, rows, label, mask, row_stride, scale):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def softmax_sums_kernel(
-    zs_ptr, zt_ptr, out_ptr, label_ptr, threshold_ptr, quota_ptr, num_rows, num_columns, stride_s, stride_t, scale,
+    zs_ptr, zt_ptr, out_ptr, label_ptr, num_rows, num_columns, stride_s, stride_t, scale,
     DELTA_S: tl.constexpr, DELTA_T: tl.constexpr, ENTROPY_S: tl.constexpr, ENTROPY_T: tl.constexpr,
-    ARGMAX: tl.constexpr, LABEL: tl.constexpr, OUTSIDE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    ARGMAX: tl.constexpr, LABEL: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of both sides, `out[num_rows, 6, 2]`, over all columns or with `OUTSIDE` over those outside the support."""
+    """Sums of both sides: `out[num_rows, 6, 2]`."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < num_rows
     ms = tl.full((ROWS, LANES), _FLOOR, tl.float32)
     ss = tl.zeros((ROWS, LANES), tl.float32)
     ds, hs, bs = ss, ss, tl.full((ROWS, LANES), _LAST, tl.int32)
     mt, st, dt, ht, bt = ms, ss, ss, ss, bs
-    threshold, quota, seen = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.int32)
-    if OUTSIDE:
-        threshold = tl.load(threshold_ptr + rows, mask=mask, other=0.0)
-        quota = tl.load(quota_ptr + rows, mask=mask, other=0)
     for start in range(0, num_columns, LANES * _VECTOR):
         cols = _columns(start, LANES)
         ok = mask[:, None, None] & (cols < num_columns)
         zs = tl.load(zs_ptr + _offsets(rows, cols, stride_s), mask=ok, other=_FLOOR) * scale
         zt = tl.load(zt_ptr + _offsets(rows, cols, stride_t), mask=ok, other=_FLOOR) * scale
-        if OUTSIDE:
-            inside, seen = _inside(zt, threshold, quota, seen, ROWS, LANES)
-            zs = tl.where(inside, _FLOOR, zs)
-            zt = tl.where(inside, _FLOOR, zt)
         ms, ss, ds, hs, bs = _push(zs, zs - zt, cols, ms, ss, ds, hs, bs, DELTA_S, ENTROPY_S, ARGMAX)
         mt, st, dt, ht, bt = _push(zt, zs - zt, cols, mt, st, dt, ht, bt, DELTA_T, ENTROPY_T, ARGMAX)
     label_s, label_t = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
@@ -180,30 +159,21 @@ def softmax_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def rewrite_outside_kernel(
-    zs_ptr, zt_ptr, threshold_ptr, quota_ptr, shift_ptr, num_rows, num_columns, stride_s, stride_t,
-    MODE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+def spread_kernel(
+    z_ptr, out_ptr, max_ptr, factor_ptr, num_rows, num_columns, stride_z, stride_out,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite logits outside the support, in place: by the floor, or the teacher's by the student's minus a shift."""
+    """`factor * exp(z - max)` of each row."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < num_rows
-    threshold = tl.load(threshold_ptr + rows, mask=mask, other=0.0)
-    quota = tl.load(quota_ptr + rows, mask=mask, other=0)
-    shift = tl.load(shift_ptr + rows, mask=mask, other=0.0)
-    seen = tl.zeros((ROWS,), tl.int32)
+    top = tl.load(max_ptr + rows, mask=mask, other=0.0)[:, None, None]
+    factor = tl.load(factor_ptr + rows, mask=mask, other=0.0)[:, None, None]
     for start in range(0, num_columns, LANES * _VECTOR):
         cols = _columns(start, LANES)
         ok = mask[:, None, None] & (cols < num_columns)
-        at_s, at_t = zs_ptr + _offsets(rows, cols, stride_s), zt_ptr + _offsets(rows, cols, stride_t)
-        zt = tl.load(at_t, mask=ok, other=_FLOOR)
-        inside, seen = _inside(zt, threshold, quota, seen, ROWS, LANES)
-        new = tl.full((ROWS, LANES, _VECTOR), _FLOOR, tl.float32)
-        if MODE == _RESHAPE_TEACHER:
-            new = tl.load(at_s, mask=ok, other=0.0) - shift[:, None, None]
-        # Whole vectors are written, those inside with what they held: scattered stores cost more.
-        tl.store(at_t, tl.where(inside, zt, new), mask=ok)
-        if MODE == _REMOVE_BOTH:
-            tl.store(at_s, tl.where(inside, tl.load(at_s, mask=ok, other=0.0), new), mask=ok)
+        z = tl.load(z_ptr + _offsets(rows, cols, stride_z), mask=ok, other=_FLOOR)
+        spread = factor * tl.exp(z - top)
+        tl.store(out_ptr + _offsets(rows, cols, stride_out), spread.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

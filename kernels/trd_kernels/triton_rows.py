@@ -12,16 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from trd_kernels.divergence import DIVERGENCES, Divergence, RowNorms
 from trd_kernels.row_kernels import WantedSums
 from trd_kernels.softmax_sums import NUM_SUMS
-from trd_kernels.support import Support, largest_logits
-from trd_kernels.triton_kernels import (
-    REMOVE_BOTH,
-    REMOVE_TEACHER,
-    RESHAPE_TEACHER,
-    VECTOR,
-    divergence_kernel,
-    rewrite_outside_kernel,
-    softmax_sums_kernel,
-)
+from trd_kernels.triton_kernels import VECTOR, divergence_kernel, softmax_sums_kernel, spread_kernel
 
 INTERPRETED = isinstance(divergence_kernel, InterpretedFunction)
 """Whether TRITON_INTERPRET=1 was set when triton was imported."""
@@ -31,7 +22,7 @@ class TritonRows:
     """Implements `RowKernels`."""
 
     name = "triton"
-    logit_copies = 2
+    scratch_mb = 0.0
 
     def softmax_sums(
         self,
@@ -43,23 +34,26 @@ class TritonRows:
         label: Tensor | None = None,
     ) -> Tensor:
         """See `RowKernels`."""
-        return _sums(z_student, z_teacher, wanted, scale, label, None)
+        num_rows, num_columns = z_student.shape
+        out = z_student.new_zeros(num_rows, NUM_SUMS, 2)
+        launch = _Launch.of(num_columns)
+        softmax_sums_kernel[launch.grid(num_rows)](
+            z_student, z_teacher, out, out if label is None else label.contiguous(),
+            num_rows, num_columns, z_student.stride(0), z_teacher.stride(0), scale,
+            DELTA_S=wanted.student_delta, DELTA_T=wanted.teacher_delta,
+            ENTROPY_S=wanted.student_entropy, ENTROPY_T=wanted.teacher_entropy,
+            ARGMAX=wanted.argmax, LABEL=label is not None, **launch.options,
+        )  # fmt: skip
+        return out
 
-    def largest(self, z: Tensor, k: int) -> Tensor:
+    def spread(self, z: Tensor, maximum: Tensor, factor: Tensor, *, out: Tensor) -> None:
         """See `RowKernels`."""
-        return largest_logits(z, k)
-
-    def remove_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, *, both: bool) -> None:
-        """See `RowKernels`."""
-        _rewrite(support, z_student, z_teacher, None, REMOVE_BOTH if both else REMOVE_TEACHER)
-
-    def outside_sums(self, support: Support, z_student: Tensor, z_teacher: Tensor) -> Tensor:
-        """See `RowKernels`."""
-        return _sums(z_student, z_teacher, WantedSums(), 1.0, None, support)
-
-    def reshape_outside(self, support: Support, z_student: Tensor, z_teacher: Tensor, shift: Tensor) -> None:
-        """See `RowKernels`."""
-        _rewrite(support, z_student, z_teacher, shift.squeeze(1), RESHAPE_TEACHER)
+        num_rows, num_columns = z.shape
+        launch = _Launch.of(num_columns)
+        spread_kernel[launch.grid(num_rows)](
+            z, out, maximum.contiguous(), factor.contiguous(), num_rows, num_columns, z.stride(0), out.stride(0),
+            **launch.options,
+        )  # fmt: skip
 
     def extra(self, spec: Divergence, z_student: Tensor, z_teacher: Tensor, norms: RowNorms) -> Tensor:
         """See `RowKernels`."""
@@ -79,42 +73,6 @@ class TritonRows:
         """See `RowKernels`."""
         out = _divergence(spec, z_student, z_teacher, norms, extra, gradient_scale, gradient, with_extra=False)
         return None if spec.needs_extra else out[:, 0]
-
-
-def _sums(
-    z_student: Tensor,
-    z_teacher: Tensor,
-    wanted: WantedSums,
-    scale: float,
-    label: Tensor | None,
-    outside: Support | None,
-) -> Tensor:
-    num_rows, num_columns = z_student.shape
-    out = z_student.new_zeros(num_rows, NUM_SUMS, 2)
-    rule = (out, out) if outside is None else _rule(outside)
-    launch = _Launch.of(num_columns)
-    softmax_sums_kernel[launch.grid(num_rows)](
-        z_student, z_teacher, out, out if label is None else label.contiguous(), *rule,
-        num_rows, num_columns, z_student.stride(0), z_teacher.stride(0), scale,
-        DELTA_S=wanted.student_delta, DELTA_T=wanted.teacher_delta,
-        ENTROPY_S=wanted.student_entropy, ENTROPY_T=wanted.teacher_entropy,
-        ARGMAX=wanted.argmax, LABEL=label is not None, OUTSIDE=outside is not None, **launch.options,
-    )  # fmt: skip
-    return out
-
-
-def _rule(support: Support) -> tuple[Tensor, Tensor]:
-    return support.threshold.contiguous(), support.quota.to(torch.int32).contiguous()
-
-
-def _rewrite(support: Support, z_student: Tensor, z_teacher: Tensor, shift: Tensor | None, mode: int) -> None:
-    num_rows, num_columns = z_student.shape
-    threshold, quota = _rule(support)
-    launch = _Launch.of(num_columns)
-    rewrite_outside_kernel[launch.grid(num_rows)](
-        z_student, z_teacher, threshold, quota, threshold if shift is None else shift.contiguous(),
-        num_rows, num_columns, z_student.stride(0), z_teacher.stride(0), MODE=mode, **launch.options,
-    )  # fmt: skip
 
 
 def _divergence(

@@ -20,7 +20,7 @@ DEFAULT_WORKSPACE_MB = 1200
 """MiB, divided by the ranks that share the vocabulary: 512 and 2048 tokens at 151,936 columns in bf16."""
 
 _GRADIENT_RATIO = 4
-_ALIGNMENT = 64
+_ALIGNMENT = 32
 
 
 class ChunkSizes(NamedTuple):
@@ -41,7 +41,8 @@ class ChunkSizes(NamedTuple):
     def within(cls, budget_mb: float, *, heads: Heads, rows: RowKernels, columns: int, with_grad: bool) -> ChunkSizes:
         """Return the largest sizes whose blocks and temporaries fit, for `columns` logits a row on every rank."""
         require(budget_mb > 0, "workspace_mb", budget_mb, "give a positive number of MiB")
-        per_entry = rows.logit_copies * heads.compute_dtype.itemsize
+        budget_mb -= min(rows.scratch_mb, budget_mb / 3)
+        per_entry = 2 * heads.compute_dtype.itemsize
         # A gradient of the logits' own dtype is written over them instead.
         ratio = _GRADIENT_RATIO if with_grad and heads.operand_dtype != heads.compute_dtype else 0
         per_entry += ratio * heads.operand_dtype.itemsize

@@ -420,7 +420,7 @@ BAD_OPTIONS = [
     ({"temperature": 0.0}, "temperature 0.0"),
     ({"teacher_top_k": -1}, "teacher_top_k -1"),
     ({"teacher_top_k": 158}, "teacher_top_k 158: .*157"),
-    ({"teacher_top_k": 4, "divergence": "jsd"}, "teacher_top_k 4: .*not jsd"),
+    ({"teacher_top_k": 4, "divergence": "jsd", "top_k_mode": "renorm_teacher"}, "renorm_teacher: .*not jsd"),
     ({"teacher_top_k": 4, "top_k_mode": "all"}, "top_k_mode all"),
     ({"teacher_top_k": 4, "divergence": "reverse_kl", "top_k_mode": "renorm_teacher"}, "renorm_teacher: .*infinite"),
     ({"token_clip": 0.0}, "token_clip 0.0"),

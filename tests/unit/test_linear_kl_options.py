@@ -39,8 +39,8 @@ def test_two_level_chunks(mode: str, chunk: tuple[int, int]) -> None:
     assert relative_error(head.grad, want.weight_grad) < 1e-10
 
 
-class CopiesTwo(TorchRows):
-    logit_copies = 2
+class NeedsNoScratch(TorchRows):
+    scratch_mb = 0.0
 
 
 def test_default_chunks_of_a_large_vocabulary() -> None:
@@ -57,7 +57,7 @@ def test_default_chunks_of_a_large_vocabulary() -> None:
             compute_dtype=torch.float32,
             operand_dtype=dtype,
         )
-        return ChunkSizes.within(budget_mb, heads=heads, rows=CopiesTwo(), columns=columns, with_grad=with_grad)
+        return ChunkSizes.within(budget_mb, heads=heads, rows=NeedsNoScratch(), columns=columns, with_grad=with_grad)
 
     assert sizes(151_936, DEFAULT_WORKSPACE_MB) == (512, 2048)
     assert sizes(38_016, DEFAULT_WORKSPACE_MB / 4) == (512, 2048)
