@@ -26,18 +26,21 @@ from cases import HEADS, OBJECTIVES, TOP_K, Case, Chunk, Heads, Settings, mean_k
 from measure import Row, measure
 from variants import VARIANTS
 
+from trd_kernels import DEFAULT_WORKSPACE_MB
+
 _H200 = {"tokens": 8192, "student_hidden": 2048, "teacher_hidden": 4096}
 PRESETS: dict[str, dict[str, Any]] = {
     "small-cpu": {
-        "tokens": 512,
+        "tokens": 2048,
         "vocab_size": 32000,
         "student_hidden": 256,
         "teacher_hidden": 256,
-        "workspace_mb": 64.0,
+        "workspace_mb": 96.0,
     },
     "h200": _H200 | {"vocab_size": 151936},
-    "h200-tp4": _H200 | {"vocab_size": 38016},
-    "h200-tp8": _H200 | {"vocab_size": 19072},
+    # One rank's share of the vocabulary and of the workspace, on one GPU.
+    "h200-tp4": _H200 | {"vocab_size": 38016, "workspace_mb": DEFAULT_WORKSPACE_MB / 4},
+    "h200-tp8": _H200 | {"vocab_size": 19072, "workspace_mb": DEFAULT_WORKSPACE_MB / 8},
 }
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = (  # title, width, field of Row, format

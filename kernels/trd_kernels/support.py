@@ -8,6 +8,7 @@ of the rank's other columns. Its gradient is spread over them in proportion to t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from trd_kernels.softmax_sums import FLOOR, MAX, SUM, MergedSums
 from trd_kernels.vocab_parallel import VocabShard
 
 _TILE = 256
+# Searched at a time: on a CPU what its cache holds; on a GPU enough that the launches do not count.
+_SLICE_ENTRIES = {"cpu": 2**18, "cuda": 2**21}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +115,25 @@ def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     num_tiles = z.shape[1] // _TILE
     if num_tiles <= 8 * k:
-        return _largest_of(z, k)
+        return _in_slices(lambda t: _largest_of(z[t], k), z, width=z.shape[1])
     tiles = z[:, : num_tiles * _TILE].unflatten(1, (num_tiles, _TILE))
     _, best = _largest_of(tiles.amax(2), k)
-    searched = tiles.gather(1, best[:, :, None].expand(-1, -1, _TILE)).flatten(1)
-    values, places = _largest_of(torch.cat([searched, z[:, num_tiles * _TILE :]], dim=1), k)
-    in_tiles = places < k * _TILE
-    tile = best.gather(1, (places // _TILE).clamp(max=k - 1))
-    return values, torch.where(in_tiles, tile * _TILE + places % _TILE, places - k * _TILE + num_tiles * _TILE)
+
+    def search(t: slice) -> tuple[Tensor, Tensor]:
+        searched = tiles[t].gather(1, best[t, :, None].expand(-1, -1, _TILE)).flatten(1)
+        values, places = _largest_of(torch.cat([searched, z[t, num_tiles * _TILE :]], dim=1), k)
+        tile = best[t].gather(1, (places // _TILE).clamp(max=k - 1))
+        in_rest = places - k * _TILE + num_tiles * _TILE
+        return values, torch.where(places < k * _TILE, tile * _TILE + places % _TILE, in_rest)
+
+    return _in_slices(search, z, width=(k + 1) * _TILE)
+
+
+def _in_slices(find: Callable[[slice], tuple[Tensor, Tensor]], z: Tensor, *, width: int) -> tuple[Tensor, Tensor]:
+    """Concatenate what `find` returns of slices of rows, each so small that its temporaries do not count."""
+    step = max(1, _SLICE_ENTRIES["cuda" if z.is_cuda else "cpu"] // max(width, 1))
+    values, columns = zip(*(find(slice(i, i + step)) for i in range(0, z.shape[0], step)), strict=True)
+    return torch.cat(values), torch.cat(columns)
 
 
 def _largest_of(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
