@@ -1,9 +1,8 @@
 """The loop over token chunks: two head products, row sums, divergence and gradient, two gradient products.
 
-Per piece of C_l tokens the ranks exchange one all-gather of a few numbers per row (two for JSD and the entry clip,
-three for a renormalised top-K, four for its tail bucket), and the rows themselves under sequence parallelism; per
-chunk of C_g tokens one sum of hidden-state gradients. What is reported of the tokens is put together once, at the
-end, so that a piece launches little beside its products and row kernels.
+Per piece of C_l tokens the ranks exchange a few numbers per row, with one all-gather or a few, and the rows
+themselves under sequence parallelism; per chunk of C_g tokens one sum of hidden-state gradients. What is reported of
+the tokens is put together once, at the end, so that a piece launches little beside its products and row kernels.
 """
 
 from __future__ import annotations
@@ -77,15 +76,21 @@ class ChunkPass:
         heads.matmul(self._rows(heads.teacher_input, piece), heads.teacher_weight.t(), alpha=alpha, out=z_teacher)
 
         as_observed = spec.temperature == 1.0 and spec.top_k == 0
-        gathered = self._observe(piece.tokens, z_student, z_teacher, for_norms=as_observed)
+        observed = None
+        if as_observed or self.request.observes:
+            observed = self._observe(piece.tokens, z_student, z_teacher, for_norms=as_observed)
         if spec.top_k > 0:
-            self._compare_on_support(piece, z_student, z_teacher, logits_grad)
+            self._compare_on_support(piece.tokens, z_student, z_teacher, logits_grad)
             return
-        if not as_observed:  # the statistics are those of temperature 1
+        norms = self._norms(z_student, z_teacher, observed if as_observed else None)
+        self._compare(piece.tokens, z_student, z_teacher, norms, logits_grad)
+
+    def _norms(self, z_student: Tensor, z_teacher: Tensor, gathered: Tensor | None = None) -> RowNorms:
+        """Return the norms of two blocks of logits, from the sums of all ranks if they are there already."""
+        if gathered is None:
             sums = self.rows.softmax_sums(z_student, z_teacher, WantedSums(**self._deltas))
             gathered = self.shard.all_gather(sums.flatten(1))
-        norms = RowNorms.of(MergedSums.of(gathered), **self._deltas)
-        self._compare(piece.tokens, z_student, z_teacher, norms, logits_grad)
+        return RowNorms.of(MergedSums.of(gathered), **self._deltas)
 
     @property
     def _deltas(self) -> dict[str, bool]:
@@ -94,8 +99,6 @@ class ChunkPass:
     def _observe(self, tokens: Tensor, z_student: Tensor, z_teacher: Tensor, *, for_norms: bool) -> Tensor:
         """Record what the statistics need; return the sums of all ranks, with what the norms need of them too."""
         request = self.request
-        if not (for_norms or request.observes):
-            return z_student
         wanted = request.wanted_sums(**{name: on and for_norms for name, on in self._deltas.items()})
         scale = self.spec.temperature  # the blocks hold tempered logits
         columns = request.columns(self.rows, z_student, z_teacher, wanted, scale=scale, tokens=tokens)
@@ -107,7 +110,7 @@ class ChunkPass:
         return gathered["sums"]
 
     def _compare_on_support(
-        self, piece: TokenChunk, z_student: Tensor, z_teacher: Tensor, logits_grad: Tensor | None
+        self, tokens: Tensor, z_student: Tensor, z_teacher: Tensor, logits_grad: Tensor | None
     ) -> None:
         """Compare the few outcomes that the support leaves, and give their gradient back to the logits."""
         spec, shard = self.spec, self.shard
@@ -115,10 +118,9 @@ class ChunkPass:
         padded = pad(values, (0, spec.top_k - values.shape[1]), value=FLOOR)
         inside = support_mask(values, shard.all_gather(padded), spec.top_k, shard.rank)
         outcomes = Outcomes.of(z_student, z_teacher, columns, inside, mode=spec.top_k_mode, rows=self.rows, shard=shard)
-        sums = self.rows.softmax_sums(outcomes.student, outcomes.teacher, WantedSums(**self._deltas))
-        norms = RowNorms.of(MergedSums.of(shard.all_gather(sums.flatten(1))), **self._deltas)
+        norms = self._norms(outcomes.student, outcomes.teacher)
         gradient = None if logits_grad is None else torch.empty_like(outcomes.student)
-        self._compare(piece.tokens, outcomes.student, outcomes.teacher, norms, gradient)
+        self._compare(tokens, outcomes.student, outcomes.teacher, norms, gradient)
         if gradient is not None and logits_grad is not None:
             outcomes.spread(gradient, z_student, self.rows, out=logits_grad)
 
