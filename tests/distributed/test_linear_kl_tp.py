@@ -132,7 +132,8 @@ def top_k(case: Case, k: int) -> dict[str, Tensor]:
     out = {}
     for side in ("student", "teacher"):
         hidden, head = (getattr(case, f"{side}_{what}").double() for what in ("input", "weight"))
-        logprobs, order = (hidden @ head.T)[:, : case.vocab_size].log_softmax(1).sort(dim=1, descending=True, stable=True)
+        logprobs = (hidden @ head.T)[:, : case.vocab_size].log_softmax(1)
+        logprobs, order = logprobs.sort(dim=1, descending=True, stable=True)
         kept = (case.token_weight != 0)[:, None]
         out |= {f"{side}_top_ids": order[:, :k] * kept, f"{side}_top_logprobs": logprobs[:, :k] * kept}
     return out
