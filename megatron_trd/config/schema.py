@@ -178,10 +178,10 @@ class ObjectiveConfig:
             "cannot be combined with --teacher-top-k",
         )
         _require(
-            self.teacher_top_k == 0 or self.divergence in ("forward-kl", "reverse-kl"),
-            "teacher-top-k",
-            self.teacher_top_k,
-            f"works with forward-kl and reverse-kl, not {self.divergence}",
+            self.teacher_top_k == 0 or self.top_k_mode != "renorm_teacher" or self.divergence == "forward-kl",
+            "top-k-mode",
+            self.top_k_mode,
+            f"works with forward-kl, not {self.divergence}; use renorm_both or tail_bucket",
         )
         mb = self.kl_workspace_mb
         _require(mb is None or mb >= 1, "kl-workspace-mb", mb, "give at least 1, or leave it unset")
