@@ -47,8 +47,15 @@ class World(Protocol):
         """Return the wall-clock of the last batch's stages; empty when nothing was sampled."""
         ...
 
-    def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> dict[str, float]:
-        """Bring weights to the student's servers; return metrics. Must exhaust `weights`."""
+    def publish(
+        self, weights: Iterable[tuple[str, torch.Tensor]], version: str, only: frozenset[str] | None
+    ) -> tuple[dict[str, float], frozenset[str]]:
+        """Bring weights to the student's servers, all or those whose URL is in `only`; return metrics and the URLs of
+        those that failed."""
+        ...
+
+    def require_servers(self) -> None:
+        """Raise an error that names every server and its trouble if none holds the published weights."""
         ...
 
     def probe(self) -> list[tuple[Sample, tuple[float, ...]]]:
@@ -272,14 +279,27 @@ class Trainer:
         """Export collectively, send from rank 0, and check that trainer and servers hold the same model."""
         if not self.config.rollout.student_urls:
             return {}
-        weights = self.student.export()
         metrics: dict[str, float] = {}
-        if self.world is None:
-            for _ in weights:
-                pass
-        else:
-            metrics = self.world.publish(weights, self.progress.weight_version) | self.world.metrics()
+        only: frozenset[str] | None = None
+        for _ in range(1 + self.config.weight_sync.weight_sync_retries):
+            if not (only := self._publish_once(metrics, only)):
+                break
+        run_on_rank_zero(lambda: self.world.require_servers() if self.world else None, self.handout_group)
+        if self.world is not None:
+            metrics |= self.world.metrics()
         return metrics | self._compare_with_servers()
+
+    def _publish_once(self, metrics: dict[str, float], only: frozenset[str] | None) -> frozenset[str]:
+        """Publish to all servers, or to those whose URL is in `only`; return the URLs of those that failed."""
+        adapter_alone = self.config.weight_sync.weight_sync == "adapter"
+        weights = self.student.export_adapter() if adapter_alone else self.student.export()
+        failed: frozenset[str] = frozenset()
+        if self.world is not None:
+            published, failed = self.world.publish(weights, self.progress.weight_version, only)
+            metrics |= published
+        for _ in weights:  # making them is collective
+            pass
+        return run_on_rank_zero(lambda: failed, self.handout_group)
 
     def _compare_with_servers(self) -> dict[str, float]:
         """Compute the log-probabilities of tokens the server just sampled, and compare with what it reported."""

@@ -305,8 +305,25 @@ class RolloutConfig:
     """Tries on another server after a failed request before the completion counts as failed."""
     max_concurrent_requests: int = 512
     """Requests in flight per server group."""
+    hedge_after_s: float | None = None
+    """Send a request that is still running after this many seconds to a second server as well and take the first
+    answer; unset = never."""
+    server_api_key_file: str | None = None
+    """File whose only line is the key that the servers ask for; unset = none."""
+    rollout_staleness: int = 0
+    """Iterations that rollouts may be behind the weights in training: 0 = strictly on-policy; S > 0: a process of its
+    own rolls out up to S iterations ahead while the trainer trains."""
+    drift_alarm_nats: float | None = None
+    """Warn when trainer and servers disagree on a token's log-probability by more than this; unset = 1e-3 in fp32, 0.5
+    in bf16."""
+    colocate: bool = False
+    """Servers share the trainer's GPUs: they give their memory back while it trains. Needs --enable-memory-saver on
+    the servers."""
 
     def __post_init__(self) -> None:
+        _require(self.rollout_staleness >= 0, "rollout-staleness", self.rollout_staleness, "give 0 or more")
+        for flag, seconds in (("hedge-after-s", self.hedge_after_s), ("drift-alarm-nats", self.drift_alarm_nats)):
+            _require(seconds is None or seconds > 0, flag, seconds, "must be positive; leave it out otherwise")
         _require(self.rollout_temperature >= 0, "rollout-temperature", self.rollout_temperature, "must not be negative")
         _require(0 < self.rollout_top_p <= 1, "rollout-top-p", self.rollout_top_p, "must lie in (0, 1]")
         _require(
@@ -333,12 +350,32 @@ class RolloutConfig:
 class WeightSyncConfig:
     """How new weights reach the student's servers."""
 
-    weight_sync: Literal["disk"] = "disk"
-    """Transport: `disk` writes a Hugging Face directory which the servers load."""
+    weight_sync: Literal["disk", "distributed", "tensor", "adapter"] = "disk"
+    """Transport: `disk`: a Hugging Face directory that the servers load; `distributed`: broadcast in a process group
+    (NCCL, gloo on a CPU); `tensor`: through the servers' HTTP door, on a GPU as CUDA-IPC handles, which needs trainer
+    and servers on the same GPUs; `adapter`: the LoRA adapter alone, loaded beside the frozen weights."""
     weight_sync_dir: str | None = None
-    """Directory that trainer and servers share; unset = `<run-dir>/weights`."""
+    """Directory that trainer and servers share, for `disk`; unset = `<run-dir>/weights`."""
     weight_sync_timeout_s: float = 600.0
-    """Deadline for one server to take the new weights, in seconds."""
+    """Longest time that servers rest for one publication, in seconds."""
+    weight_sync_bucket_mb: int = 512
+    """Tensors travel in buckets of about this size in MiB (`distributed`, `tensor`)."""
+    weight_sync_retries: int = 1
+    """Further publications to the servers that failed at one, before the run goes on without them."""
+    weight_sync_address: str | None = None
+    """Address at which servers reach the trainer (`distributed`); unset = loopback if all servers are there, else
+    this machine's address towards them."""
+    check_weight_update_equal: bool = False
+    """Compare the checksums of all servers after each publication."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.weight_sync_timeout_s > 0, "weight-sync-timeout-s", self.weight_sync_timeout_s, "must be positive"
+        )
+        _require(
+            self.weight_sync_bucket_mb >= 1, "weight-sync-bucket-mb", self.weight_sync_bucket_mb, "give at least 1"
+        )
+        _require(self.weight_sync_retries >= 0, "weight-sync-retries", self.weight_sync_retries, "give 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -430,6 +467,18 @@ class Config:
             "teacher-urls",
             "(unset)",
             "y_r needs a server with the teacher's weights (OPSD: the initial ones, or use --opsd-teacher current)",
+        )
+        _require(
+            self.weight_sync.weight_sync != "adapter" or self.lora.lora_rank > 0,
+            "weight-sync",
+            "adapter",
+            "there is no adapter without --lora-rank; use disk, distributed or tensor",
+        )
+        _require(
+            not (self.rollout.colocate and self.rollout.rollout_staleness),
+            "rollout-staleness",
+            self.rollout.rollout_staleness,
+            "servers on the trainer's GPUs cannot roll out while it trains; use 0, or leave out --colocate",
         )
         _require(
             self.checkpoint.save_adapter is None or self.lora.lora_rank > 0,

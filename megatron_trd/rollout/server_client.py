@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron_trd.weight_sync.base import ServerError
 
 CONTROL_TIMEOUT_S = 30.0
 PROBE_TIMEOUT_S = 5.0
+FIRST_WITH_SESSIONS = (0, 5, 21)
+"""SGLang takes tensors only between /begin_weight_update and /end_weight_update since this version."""
 
 
 class ServerState(Enum):
@@ -35,7 +38,7 @@ class LostError(ServerError):
 class Server:
     """A server's address, state and limits, and the calls that go to it alone."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, url: str, session: aiohttp.ClientSession, api_key: str | None = None) -> None:
         """Remember the address; nothing is sent."""
         self.url = url.rstrip("/")
         self.state = ServerState.DOWN
@@ -44,10 +47,14 @@ class Server:
         self.vocab_size: int | None = None
         """As told by the server, like `context_length`; None if it does not tell."""
         self.context_length: int | None = None
+        self.tp_size = 1
+        self.version = "unknown"
+        """Of the server's software."""
         self.num_in_flight = 0
         self.probe_after = 0.0
         self.probe_gap_s = 1.0
         self._session = session
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def __str__(self) -> str:
         """Describe it for an error message."""
@@ -61,6 +68,14 @@ class Server:
         self.weight_version = str(info["weight_version"])
         self.vocab_size = info.get("vocab_size")
         self.context_length = settings.get("context_length")
+        self.tp_size = settings.get("tp_size", 1)
+        self.version = str(settings.get("version"))
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether tensors must be sent within a weight-update session; true for versions that are no number."""
+        number = re.match(r"(\d+)\.(\d+)\.(\d+)", self.version)
+        return number is None or tuple(map(int, number.groups())) >= FIRST_WITH_SESSIONS
 
     async def model_info(self, timeout_s: float = CONTROL_TIMEOUT_S) -> dict[str, Any]:
         """Return what it says it serves."""
@@ -82,9 +97,80 @@ class Server:
         """Drop all cached keys and values; it may wait for running requests for most of the deadline."""
         await self.post(f"/flush_cache?timeout={0.9 * timeout_s:.3f}", {}, timeout_s)
 
+    async def begin_weight_update(self, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Open a weight-update session; one that an earlier failure left open is closed first."""
+        if not self.has_sessions:
+            return
+        body = {"selector": "target"}
+        try:
+            await self.post("/begin_weight_update", body, timeout_s)
+        except RefusedError as error:
+            if "already open" not in str(error):
+                raise
+            await self.end_weight_update(timeout_s)
+            await self.post("/begin_weight_update", body, timeout_s)
+
+    async def end_weight_update(self, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Close it."""
+        if self.has_sessions:
+            await self.post("/end_weight_update", {}, timeout_s)
+
     async def update_weights_from_disk(self, path: str, version: str, timeout_s: float) -> None:
         """Load a Hugging Face directory that it can read, and name the weights `version`."""
         await self.post("/update_weights_from_disk", {"model_path": path, "weight_version": version}, timeout_s)
+
+    async def update_weights_from_tensor(self, payloads: Sequence[str], timeout_s: float) -> None:
+        """Load tensors, one base64 pickle of [(name, tensor)] for each tensor-parallel rank."""
+        await self.post("/update_weights_from_tensor", {"serialized_named_tensors": list(payloads)}, timeout_s)
+
+    async def join_update_group(
+        self, name: str, backend: str, address: str, port: int, first_rank: int, world_size: int, timeout_s: float
+    ) -> None:
+        """Join a process group as ranks `first_rank`, `first_rank + 1`, ...; ends when all members are there."""
+        body = {"group_name": name, "backend": backend, "master_address": address, "master_port": port}
+        body |= {"rank_offset": first_rank, "world_size": world_size}
+        await self.post("/init_weights_update_group", body, timeout_s)
+
+    async def leave_update_group(self, name: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Leave it."""
+        await self.post("/destroy_weights_update_group", {"group_name": name}, timeout_s)
+
+    async def update_weights_from_distributed(
+        self, group: str, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], timeout_s: float
+    ) -> None:
+        """Receive all of `names` as one tensor of bytes, broadcast by rank 0 of the group."""
+        body = {"group_name": group, "names": list(names), "dtypes": list(dtypes), "shapes": list(map(list, shapes))}
+        await self.post("/update_weights_from_distributed", body | {"load_format": "flattened_bucket"}, timeout_s)
+
+    async def load_adapter(
+        self, name: str, config: Mapping[str, Any], payloads: Sequence[str], timeout_s: float
+    ) -> None:
+        """Hold another LoRA adapter: PEFT's configuration, and a base64 pickle of {name: tensor} for each rank."""
+        body = {"lora_name": name, "config_dict": dict(config), "serialized_named_tensors": list(payloads)}
+        await self.post("/load_lora_adapter_from_tensors", body, timeout_s)
+
+    async def unload_adapter(self, name: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Drop a LoRA adapter."""
+        await self.post("/unload_lora_adapter", {"lora_name": name}, timeout_s)
+
+    async def name_weights(self, version: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Call the weights it holds `version` from now on; requests that wait go on."""
+        body = {"new_version": version, "abort_all_requests": False}
+        await self.post("/update_weight_version", body, timeout_s)
+
+    async def weight_checksums(self, timeout_s: float = CONTROL_TIMEOUT_S) -> Mapping[str, str]:
+        """Return a checksum of each parameter, under the server's own (fused) names, as `rank:name`."""
+        answer = await self.post("/weights_checker", {"action": "checksum"}, timeout_s)
+        sums = [rank["checksums"] for rank in answer["ranks"]]
+        return {f"{rank}:{name}": value for rank, named in enumerate(sums) for name, value in named.items()}
+
+    async def release_memory(self, tags: Sequence[str], timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Give GPU memory back: `kv_cache`, `weights`, `cuda_graph`. The server must be idle: a busy one dies."""
+        await self.post("/release_memory_occupation", {"tags": list(tags)}, timeout_s)
+
+    async def resume_memory(self, tags: Sequence[str], timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Take it again. Weights come back undefined and must be sent."""
+        await self.post("/resume_memory_occupation", {"tags": list(tags)}, timeout_s)
 
     async def get(self, path: str, timeout_s: float) -> Any:
         """Return the JSON of an answer, or None if it is not JSON. Raises ServerError."""
@@ -98,7 +184,8 @@ class Server:
         where = f"{method} {self.url}{path.partition('?')[0]}"
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+            request = self._session.request(method, self.url + path, json=body, timeout=timeout, headers=self._headers)
+            async with request as response:
                 if response.status >= 400:
                     message = f"{where}: HTTP {response.status}: {(await response.text())[:500]}"
                     is_transient = response.status >= 500 or response.status in (408, 429)

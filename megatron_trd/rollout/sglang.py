@@ -64,6 +64,8 @@ class SGLangFleet:
         self.servers: list[Server] = []
         self.expected_version: str | None = None
         """Completions of any other version are thrown away; None until the first update: any version is right."""
+        self.adapter: str | None = None
+        """LoRA adapter that requests name."""
         self.num_retries = 0
         self._arriving_version: str | None = None
         self._slots = asyncio.Semaphore(max_concurrent_requests)
@@ -221,6 +223,11 @@ class SGLangFleet:
                 raise ServerError(f"{seen}. Start the server or correct --student-urls/--teacher-urls")
             await asyncio.sleep(0.2)
 
+    def require_ready(self) -> None:
+        """Raise ServerError if no server may be used; the message names each and its trouble."""
+        if not any(server.state is ServerState.READY for server in self.servers):
+            raise ServerError(f"no server holds weights {self.expected_version}: " + "; ".join(map(str, self.servers)))
+
     async def model_name(self) -> str:
         """Return the model and the weights that all servers hold, e.g. `models/student@default`.
 
@@ -270,9 +277,10 @@ class SGLangFleet:
         """See `WeightServers.begin_update`."""
         self._arriving_version = version
 
-    def end_update(self, version: str, failures: Mapping[str, str]) -> None:
+    def end_update(self, version: str, failures: Mapping[str, str], adapter: str | None = None) -> None:
         """See `WeightServers.end_update`."""
         self.expected_version, self._arriving_version = version, None
+        self.adapter = adapter
         for server in self.servers:
             if server.url not in failures:
                 server.weight_version = version

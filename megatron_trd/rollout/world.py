@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.source import ProblemSource
+from megatron_trd.log import get_logger
 from megatron_trd.records import Completion, Sample, Trajectory
 from megatron_trd.rollout.evaluation import evaluate
 from megatron_trd.rollout.refine import RolloutRunner, sampling_params
@@ -25,6 +26,7 @@ from megatron_trd.tasks.base import Task
 from megatron_trd.weight_sync.base import ServerError, WeightSync
 from megatron_trd.weight_sync.disk import DiskWeightSync
 
+logger = get_logger(__name__)
 PROBE_PROBLEMS, PROBE_TOKENS = 8, 64
 
 
@@ -95,10 +97,23 @@ class World:
         """Return the wall-clock until the last y_o of the last batch ended, and from there to its last y_r."""
         return self._runner.stage_seconds if self._runner is not None else {}
 
-    def publish(self, weights: Iterable[tuple[str, Tensor]], version: str) -> dict[str, float]:
-        """Bring weights to the student's servers; return metrics. Exhausts `weights`."""
-        assert self._sync is not None, "there are no servers to publish to"
-        return self._loop.run_until_complete(self._sync.publish(weights, version)).metrics()
+    def publish(
+        self, weights: Iterable[tuple[str, Tensor]], version: str, only: frozenset[str] | None
+    ) -> tuple[dict[str, float], frozenset[str]]:
+        """Bring weights to the student's servers, all or those whose URL is in `only`; return metrics and the URLs of
+        those that failed."""
+        assert self._sync is not None and self._student is not None, "there are no servers to publish to"
+        try:
+            report = self._loop.run_until_complete(self._sync.publish(weights, version, only))
+        except ServerError as error:
+            logger.warning("%s", error)
+            return {}, only if only is not None else frozenset(server.url for server in self._student.servers)
+        return report.metrics(), frozenset(report.failures)
+
+    def require_servers(self) -> None:
+        """Raise ServerError if no server holds the published weights."""
+        assert self._student is not None, "there are no servers"
+        self._student.require_ready()
 
     def probe(self) -> list[tuple[Sample, tuple[float, ...]]]:
         """Sample a few short responses to held-out problems, with the log-probabilities the server reports for them."""

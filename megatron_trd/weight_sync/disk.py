@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_trd.log import get_logger
-from megatron_trd.weight_sync.base import ServerError, SyncReport, WeightServer, WeightServers
-
-logger = get_logger(__name__)
+from megatron_trd.weight_sync.base import SyncReport, WeightServers
+from megatron_trd.weight_sync.session import WeightUpdate
 
 MAX_SHARD_BYTES = 2 << 30
-CONTINUE_TIMEOUT_S = 10.0
 _INDEX = "model.safetensors.index.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 
@@ -36,67 +31,46 @@ class DiskWeightSync:
         timeout_s: float = 600.0,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         num_kept: int = 2,
+        check_equal: bool = False,
     ) -> None:
         """Remember where and to whom.
 
         Args:
             directory: seen under the same path by the trainer and by all servers.
             template_dir: Hugging Face directory whose config and tokenizer accompany the weights.
-            timeout_s: deadline for one server to take one version.
+            timeout_s: deadline of one publication.
             num_kept: versions kept in `directory`.
+            check_equal: compare the servers' checksums after each publication.
         """
         self.directory, self.template_dir, self.servers = Path(directory).resolve(), Path(template_dir), servers
         self.timeout_s, self.max_shard_bytes, self.num_kept = timeout_s, max_shard_bytes, num_kept
+        self.check_equal = check_equal
 
-    async def publish(self, weights: Iterable[tuple[str, Tensor]], version: str) -> SyncReport:
+    async def publish(
+        self, weights: Iterable[tuple[str, Tensor]], version: str, only: Collection[str] | None = None
+    ) -> SyncReport:
         """Write, then update all servers at once; see `WeightSync.publish`."""
         if Path(version).name != version or version.startswith("."):
             raise ValueError(f"weight version {version!r}: must be a plain file name")
-        start = time.monotonic()
-        destination = self.directory / version
-        num_bytes = write_hf_directory(weights, destination, self.template_dir, max_shard_bytes=self.max_shard_bytes)
-        written = time.monotonic()
-        self.servers.begin_update(version)
-        failures: dict[str, str] = {}
-        try:
-            reasons = await asyncio.gather(*(self._update(s, destination, version) for s in self.servers.servers))
-            failures = {s.url: r for s, r in zip(self.servers.servers, reasons, strict=True) if r is not None}
-        finally:
-            self.servers.end_update(version, failures)
-        for url, reason in failures.items():
-            logger.warning("%s did not take weights %s and is out of use until it does: %s", url, version, reason)
-        if failures and len(failures) == len(reasons):
-            raise ServerError(f"no server took weights {version}: " + "; ".join(failures.values()))
-        self._prune(destination)
-        return SyncReport(
-            version=version,
-            num_bytes=num_bytes,
-            seconds=time.monotonic() - start,
-            write_seconds=written - start,
-            failures=failures,
+        update = WeightUpdate(
+            self.servers,
+            version,
+            timeout_s=self.timeout_s,
+            in_session=False,
+            check_equal=self.check_equal,
+            only=only,
         )
-
-    async def _update(self, server: WeightServer, path: Path, version: str) -> str | None:
-        """Update one server and set it going again whatever happens; return why it failed."""
-        deadline = time.monotonic() + self.timeout_s
-        trouble: str | None = None
-
-        def left() -> float:
-            return max(0.1, deadline - time.monotonic())
-
-        try:
-            try:
-                await server.pause("retract", left())
-                await server.flush(left())
-                await server.update_weights_from_disk(str(path), version, left())
-            except ServerError as error:
-                trouble = str(error)
-            finally:
-                await server.continue_(CONTINUE_TIMEOUT_S)
-            served = await server.read_weight_version(CONTINUE_TIMEOUT_S)
-        except ServerError as error:
-            return trouble or str(error)
-        return trouble or (None if served == version else f"{server.url} says it holds weights {served!r}")
+        destination = self.directory / version
+        update.num_bytes = write_hf_directory(
+            weights, destination, self.template_dir, max_shard_bytes=self.max_shard_bytes
+        )
+        async with update:
+            await update.each(
+                lambda server: server.update_weights_from_disk(str(destination), version, update.left_s())
+            )
+        report = update.report()
+        self._prune(destination)
+        return report
 
     def _prune(self, newest: Path) -> None:
         versions = sorted(
