@@ -29,14 +29,17 @@ logger = get_logger(__name__)
 def describe(config: Config, world_size: int) -> str:
     """Describe a run without starting it."""
     student, teacher = read_models(config)
-    tp = config.parallel.tensor_model_parallel_size
-    world_size = max(world_size, tp)  # without torchrun: the smallest grid
+    parallel = config.parallel
+    size = parallel.model_parallel_size
+    world_size = max(world_size, size)  # without torchrun: the smallest grid
     plan = memory_plan(config, student, teacher, world_size)
     steps = total_steps(config)
     return "\n".join(
         (
             to_yaml(config),
-            f"ranks: {world_size} = tensor {tp} x data {world_size // tp}",
+            f"ranks: {world_size} = tensor {parallel.tensor_model_parallel_size} x pipeline "
+            f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
+            f"{world_size // size}",
             f"steps: {steps} ({config.data.num_iterations} iterations)",
             f"trainable parameters: {plan.trainable_parameters:,}",
             "memory of one rank:",

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_trd.config.schema import ParallelConfig
 from megatron_trd.records import Sample
 
 UNKNOWN, INCORRECT, CORRECT = -1, 0, 1
@@ -24,10 +25,10 @@ UNKNOWN, INCORRECT, CORRECT = -1, 0, 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedStream:
-    """Sequences back to back, with no padding between them. On the CPU; `to` moves it."""
+    """Sequences back to back, each followed by its padding, if it needs any. On the CPU; `to` moves it."""
 
     input_ids: Tensor  # [T] int64
-    cu_seqlens: Tensor  # [N + 1] int32, cu_seqlens[-1] == T
+    cu_seqlens: Tensor  # [N + 1] int32, padding included, cu_seqlens[-1] == T
     max_seqlen: int
     response_positions: Tensor  # [R] int64: the position whose hidden state predicts response token r
 
@@ -81,21 +82,45 @@ def lay_out(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[lis
     return [*prompt_ids, *response_ids[:-1]], range(first, first + len(response_ids))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multiples:
+    """What the grid of ranks asks of a batch's sizes."""
+
+    sequence: int = 1
+    """Each sequence is padded to a multiple: context parallelism cuts it into 2 cp chunks."""
+    stream: int = 1
+    """So is each stream at its end: sequence parallelism cuts a rank's slice of it."""
+    micro_batches: int = 1
+    """Of a rank in a step: the interleaved schedule takes one for each pipeline stage at a time."""
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> Multiples:
+        """Return what a grid asks for."""
+        cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+        sequence = 2 * cp if cp > 1 else 1
+        interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
+        return cls(
+            sequence=sequence,
+            stream=sequence * (tp if parallel.sequence_parallel else 1),
+            micro_batches=parallel.pipeline_model_parallel_size if interleaved else 1,
+        )
+
+
 def pack(
     samples: Sequence[Sample],
     *,
     num_steps: int,
     dp_size: int,
     max_tokens: int,
-    length_multiple: int,
+    multiples: Multiples,
     normalization: Literal["sequence", "token"],
 ) -> list[StepBatch]:
     """Split samples into `num_steps` steps, balance them over ranks and micro-batches, and pack.
 
     Args:
         samples: at least one.
-        max_tokens: most tokens of one micro-batch, for its longer stream; a longer sequence goes alone.
-        length_multiple: each stream is padded at its end to a multiple of this (sequence parallelism needs it).
+        max_tokens: most tokens of one micro-batch, for its longer stream, without padding; a longer sequence goes
+            alone.
         normalization: the loss of a step is the mean over sequences of the token mean (`sequence`), or the
             mean over all its tokens (`token`).
 
@@ -107,19 +132,19 @@ def pack(
     num_steps = min(num_steps, len(samples))
     bounds = [len(samples) * step // num_steps for step in range(num_steps + 1)]
     return [
-        _pack_step(samples[start:end], dp_size, max_tokens, length_multiple, normalization)
+        _pack_step(samples[start:end], dp_size, max_tokens, multiples, normalization)
         for start, end in itertools.pairwise(bounds)
     ]
 
 
-def pack_in_order(samples: Sequence[Sample], length_multiple: int) -> MicroBatch:
+def pack_in_order(samples: Sequence[Sample], multiples: Multiples) -> MicroBatch:
     """Pack samples into one micro-batch in their order, every token with the same weight."""
     num_tokens = sum(len(sample.response_ids) for sample in samples)
-    return _pack_micro_batch(samples, [1.0 / num_tokens] * len(samples), length_multiple)
+    return _pack_micro_batch(samples, [1.0 / num_tokens] * len(samples), multiples)
 
 
 def _pack_step(
-    samples: Sequence[Sample], dp_size: int, max_tokens: int, length_multiple: int, normalization: str
+    samples: Sequence[Sample], dp_size: int, max_tokens: int, multiples: Multiples, normalization: str
 ) -> StepBatch:
     num_tokens = sum(len(sample.response_ids) for sample in samples)
 
@@ -130,14 +155,13 @@ def _pack_step(
 
     ranks = _spread(samples, dp_size)
     num_micro_batches = max(_bins_needed(rank, max_tokens) for rank in ranks)
+    num_micro_batches += -num_micro_batches % multiples.micro_batches
     while True:  # spreading by total cost may overfill a bin that first-fit did not
         micro_batches = [_spread(rank, num_micro_batches) for rank in ranks]
         if all(len(m) <= 1 or _longer_stream(m) <= max_tokens for rank in micro_batches for m in rank):
             break
-        num_micro_batches += 1
-    return tuple(
-        tuple(_pack_micro_batch(m, [weight(s) for s in m], length_multiple) for m in rank) for rank in micro_batches
-    )
+        num_micro_batches += multiples.micro_batches
+    return tuple(tuple(_pack_micro_batch(m, [weight(s) for s in m], multiples) for m in rank) for rank in micro_batches)
 
 
 def stream_lengths(sample: Sample) -> tuple[int, int]:
@@ -174,15 +198,15 @@ def _bins_needed(samples: Sequence[Sample], max_tokens: int) -> int:
     return max(1, len(bins))
 
 
-def _pack_micro_batch(samples: Sequence[Sample], weights: Sequence[float], length_multiple: int) -> MicroBatch:
+def _pack_micro_batch(samples: Sequence[Sample], weights: Sequence[float], multiples: Multiples) -> MicroBatch:
     """Pack one micro-batch. With no samples it is a stream of padding without response tokens: ranks that ran
     out of sequences still take part in every collective."""
     lengths = [len(s.response_ids) for s in samples]
     verdicts = [UNKNOWN if s.y_o_correct is None else (CORRECT if s.y_o_correct else INCORRECT) for s in samples]
     repeats = torch.tensor(lengths, dtype=torch.int64)
     return MicroBatch(
-        student=_pack_stream([lay_out(s.student_prompt_ids, s.response_ids) for s in samples], length_multiple),
-        teacher=_pack_stream([lay_out(s.teacher_prompt_ids, s.response_ids) for s in samples], length_multiple),
+        student=_pack_stream([lay_out(s.student_prompt_ids, s.response_ids) for s in samples], multiples),
+        teacher=_pack_stream([lay_out(s.teacher_prompt_ids, s.response_ids) for s in samples], multiples),
         response_ids=torch.tensor([i for s in samples for i in s.response_ids], dtype=torch.int64),
         token_weight=torch.tensor(weights, dtype=torch.float32).repeat_interleave(repeats),
         y_o_correct=torch.tensor(verdicts, dtype=torch.int8).repeat_interleave(repeats),
@@ -190,15 +214,15 @@ def _pack_micro_batch(samples: Sequence[Sample], weights: Sequence[float], lengt
     )
 
 
-def _pack_stream(sequences: Sequence[tuple[list[int], range]], length_multiple: int) -> PackedStream:
+def _pack_stream(sequences: Sequence[tuple[list[int], range]], multiples: Multiples) -> PackedStream:
     ids: list[int] = []
     positions: list[int] = []
     bounds = [0]
     for input_ids, predicting in sequences:
         positions += [len(ids) + i for i in predicting]
-        ids += input_ids
+        ids += input_ids + [0] * (-len(input_ids) % multiples.sequence)  # behind all tokens, so none attends to it
         bounds.append(len(ids))
-    padding = -len(ids) % length_multiple if ids else length_multiple
+    padding = -len(ids) % multiples.stream if ids else multiples.stream
     if padding:  # a sequence of its own, so nothing attends to it
         ids += [0] * padding
         bounds.append(len(ids))

@@ -79,7 +79,7 @@ def save(root: Path, student: Student, groups: Groups, progress: dict[str, Any])
     dist.barrier()
     student.wait_for_parameters()
     state = _sharded_state(student, groups, is_loading=False)
-    state |= {"progress": progress, "settings": _settings(student)}
+    state |= {"progress": progress, "settings": _settings(student), "grid": _grid(student, groups)}
     dist_checkpointing.save(state, str(directory))
     # Megatron keeps a helper process per rank for the next save; a rank that is killed would leave it behind for ever.
     filesystem_async._results_queue = None
@@ -93,26 +93,33 @@ def save(root: Path, student: Student, groups: Groups, progress: dict[str, Any])
 
 
 def load(root: Path, iteration: int, student: Student, groups: Groups) -> dict[str, Any]:
-    """Restore model, optimizer, schedule and random state; return the saved `progress`. Collective over all ranks.
+    """Restore model, optimizer and schedule, on the same grid the random state too; return the saved `progress`.
+
+    Collective over all ranks.
 
     Raises:
         ValueError: the checkpoint was written with settings that its optimizer state depends on.
     """
     directory = checkpoint_directory(root, iteration)
-    saved = dist_checkpointing.load_common_state_dict(str(directory))["settings"]
+    saved = dist_checkpointing.load_common_state_dict(str(directory))
     for flag, value in _settings(student).items():
-        if saved[flag] != value:
+        if saved["settings"][flag] != value:
             raise ValueError(
-                f"--{flag} {value}: the checkpoint {directory} was written with {saved[flag]}; go on with that, or "
-                "start anew with another --run-dir"
+                f"--{flag} {value}: the checkpoint {directory} was written with {saved['settings'][flag]}; go on with "
+                "that, or start anew with another --run-dir"
             )
-    state = dist_checkpointing.load(_sharded_state(student, groups, is_loading=True), str(directory))
-    missing = student.gpt.load_state_dict(state["model"], strict=False)
-    assert not missing.unexpected_keys, missing
+    wanted = _sharded_state(student, groups, is_loading=True)
+    if saved.get("grid") != _grid(student, groups):  # random numbers belong to a rank's place in the grid
+        del wanted["random"]
+    state = dist_checkpointing.load(wanted, str(directory))
+    for chunk, chunk_state in zip(student.gpt.chunks, state["model"], strict=True):
+        missing = chunk.load_state_dict(chunk_state, strict=False)
+        assert not missing.unexpected_keys, missing
     student.optimizer.load_state_dict(state["optimizer"])
     student.scheduler.num_steps = 0  # load_state_dict counts on from here
     student.scheduler.load_state_dict(state["schedule"])
-    _set_random_state(state["random"])
+    if "random" in wanted:
+        _set_random_state(state["random"])
     return state["progress"]
 
 
@@ -126,12 +133,22 @@ def _settings(student: Student) -> dict[str, Any]:
     }
 
 
+def _grid(student: Student, groups: Groups) -> dict[str, int]:
+    parallel = student.config.parallel
+    return {
+        "world": groups.world_size,
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+    }
+
+
 def _sharded_state(student: Student, groups: Groups, *, is_loading: bool) -> dict[str, Any]:
     # Megatron's default sharding needs FusedAdam; this one loads at any data-parallel size.
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.dp}
-    model = student.gpt.sharded_state_dict(metadata=metadata)
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.dp_cp}
+    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in student.gpt.chunks]
     if student.config.lora.lora_rank > 0:  # the base never changes: it is read from --hf-checkpoint
-        model = {key: value for key, value in model.items() if "lora_" in key}
+        model = [{key: value for key, value in chunk.items() if "lora_" in key} for chunk in model]
     return {
         "model": model,
         "optimizer": student.optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, metadata=metadata),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,9 +26,11 @@ from torch import Tensor
 from megatron_trd.config.schema import LoraConfig, ModelConfig
 from megatron_trd.data.packing import PackedStream
 from megatron_trd.mcore.attention import PackedAttention
+from megatron_trd.mcore.context_parallel import sliced_seq_params, tokens_of_rank
 from megatron_trd.mcore.groups import Groups
 from megatron_trd.mcore.hf_config import HFModel
 from megatron_trd.mcore.lora import column_with_lora, row_with_lora
+from megatron_trd.mcore.stages import Stages, cut_into_stages
 
 
 class RMSNorm(torch.nn.Module):
@@ -90,8 +93,10 @@ def layer_classes(transformer_impl: Literal["auto", "local", "transformer_engine
     )
 
 
-def block_spec(config: TransformerConfig, classes: LayerClasses, lora: LoraConfig | None) -> TransformerBlockSubmodules:
-    """Describe the decoder to Megatron; with `lora` the four fused linears carry adapters."""
+def block_spec(
+    config: TransformerConfig, classes: LayerClasses, lora: LoraConfig | None, num_layers: int
+) -> TransformerBlockSubmodules:
+    """Describe `num_layers` of the decoder to Megatron; with `lora` the four fused linears carry adapters."""
     column, row = classes.column_linear, classes.row_linear
     if lora is not None:
         column, row = column_with_lora(column, lora), row_with_lora(row, lora)
@@ -118,11 +123,11 @@ def block_spec(config: TransformerConfig, classes: LayerClasses, lora: LoraConfi
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=classes.norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=classes.norm)
 
 
 def transformer_config(
-    hf: HFModel, model: ModelConfig, groups: Groups, *, sequence_parallel: bool
+    hf: HFModel, model: ModelConfig, groups: Groups, *, sequence_parallel: bool, virtual_stages: int
 ) -> TransformerConfig:
     """Translate a Hugging Face config to Megatron's."""
     dtype = torch.bfloat16 if model.bf16 else torch.float32
@@ -151,7 +156,13 @@ def transformer_config(
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=groups.tp_size,
+        pipeline_model_parallel_size=groups.pp_size,
+        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+        context_parallel_size=groups.cp_size,
         sequence_parallel=sequence_parallel,
+        variable_seq_lengths=True,  # packed streams differ in length
+        moe_token_dispatcher_type="alltoall",  # which variable lengths ask for, experts or not
+        deallocate_pipeline_outputs=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.bf16,
@@ -163,42 +174,67 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
+        # A batch mixes up the directions, and waiting for each message locks up, between two interleaved stages.
         batch_p2p_comm=False,
+        overlap_p2p_comm=virtual_stages > 1,
         calculate_per_token_loss=True,  # the weights of the tokens already carry the normaliser
         **recompute,
     )
 
 
 class HiddenStatesGPT(GPTModel):
-    """GPTModel whose forward pass ends before the output layer: logits are the loss's business, in chunks."""
-
-    hf: HFModel
+    """GPTModel, or a chunk of one, that ends before the output layer: logits are the loss's business, in pieces."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.post_process:  # the head is not called here, but its weight must have arrived (--overlap-param-gather)
+            for wait in self.output_layer._forward_pre_hooks.values():
+                wait(self.output_layer, ())
         return hidden_states
+
+
+class GPTChunks(torch.nn.ModuleList):
+    """This rank's part of a model: the chunks of its pipeline stage, in the order of their layers."""
+
+    def __init__(self, hf: HFModel, stages: Stages, chunks: Iterable[HiddenStatesGPT]) -> None:
+        super().__init__(chunks)
+        self.hf, self.stages = hf, stages
+        self.config: TransformerConfig = self.chunks[0].config
+
+    @property
+    def chunks(self) -> list[HiddenStatesGPT]:
+        """The same as a list."""
+        return [chunk for chunk in self if isinstance(chunk, HiddenStatesGPT)]
 
     @property
     def output_weight(self) -> Tensor:
-        """The head's rows on this rank: [padded vocabulary / tp, hidden]; the embedding's own when tied."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        """The head's rows on this rank: [padded vocabulary / tp, hidden]; the embedding's own, or a copy, when tied.
+
+        Last stage only.
+        """
+        last = self.chunks[-1]
+        return last.shared_embedding_or_output_weight() if self.hf.tied else last.output_layer.weight
 
 
-def forward_stream(model: torch.nn.Module, stream: PackedStream) -> Tensor:
-    """Run a model (or its DDP wrapper) over a packed stream on its device.
+def forward_stream(chunk: torch.nn.Module, stream: PackedStream, groups: Groups) -> Tensor:
+    """Run a chunk (or its DDP wrapper) over this rank's slice of a packed stream that lies on its device.
 
     Returns:
-        Hidden states [T, hidden], or this rank's [T / tp, hidden] under sequence parallelism.
+        Hidden states [T / cp, 1, hidden], or this rank's [T / cp / tp, 1, hidden] under sequence parallelism.
     """
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=stream.cu_seqlens,
-        cu_seqlens_kv=stream.cu_seqlens,
-        max_seqlen_q=stream.max_seqlen,
-        max_seqlen_kv=stream.max_seqlen,
+    input_ids, packed = (
+        stream.input_ids,
+        PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=stream.cu_seqlens,
+            cu_seqlens_kv=stream.cu_seqlens,
+            max_seqlen_q=stream.max_seqlen,
+            max_seqlen_kv=stream.max_seqlen,
+        ),
     )
-    return model(stream.input_ids[None], None, None, packed_seq_params=packed).squeeze(1)
+    if groups.cp_size > 1:
+        input_ids = input_ids[tokens_of_rank(stream.cu_seqlens, groups.cp_size, groups.cp_rank)]
+        packed = sliced_seq_params(stream.cu_seqlens, stream.max_seqlen, groups.cp_size, groups.cp_rank)
+    return chunk(input_ids[None], None, None, packed_seq_params=packed)
 
 
 def build_gpt(
@@ -207,30 +243,42 @@ def build_gpt(
     groups: Groups,
     *,
     sequence_parallel: bool,
+    virtual_stages: int = 1,
     lora: LoraConfig | None = None,
-) -> HiddenStatesGPT:
-    """Build an (untrained) model on this rank's device. Weights come from `hf_weights.load`."""
-    config = transformer_config(hf, model, groups, sequence_parallel=sequence_parallel)
-    gpt = HiddenStatesGPT(
-        config,
-        block_spec(config, layer_classes(model.transformer_impl), lora),
-        vocab_size=hf.geometry.padded_vocab_size,
-        max_sequence_length=hf.max_position_embeddings,
-        share_embeddings_and_output_weights=hf.tied,
-        position_embedding_type="rope",
-        rotary_percent=1.0,
-        rotary_base=hf.rope_theta,
-    )
-    gpt.hf = hf
-    gpt.to(device=groups.device, dtype=config.params_dtype)
-    if lora is not None:
-        _train_adapters_only(gpt)
-    return gpt
+) -> GPTChunks:
+    """Build this rank's chunks of an (untrained) model on its device. Weights come from `hf_weights.load`.
+
+    Raises:
+        ValueError: the layers cannot be cut into the stages.
+    """
+    stages = cut_into_stages(hf, groups.pp_size, virtual_stages)
+    config = transformer_config(hf, model, groups, sequence_parallel=sequence_parallel, virtual_stages=virtual_stages)
+    spec = block_spec(config, layer_classes(model.transformer_impl), lora, stages.layers_per_chunk)
+
+    def build(index: int) -> HiddenStatesGPT:
+        chunk = HiddenStatesGPT(
+            config,
+            spec,
+            vocab_size=hf.geometry.padded_vocab_size,
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=groups.pp_rank == 0 and index == 0,
+            post_process=groups.is_last_stage and index == virtual_stages - 1,
+            share_embeddings_and_output_weights=hf.tied,
+            position_embedding_type="rope",
+            rotary_percent=1.0,
+            rotary_base=hf.rope_theta,
+            vp_stage=index if virtual_stages > 1 else None,
+        )
+        if lora is not None:
+            _train_adapters_only(chunk)
+        return chunk.to(device=groups.device, dtype=config.params_dtype)
+
+    return GPTChunks(hf, stages, map(build, range(virtual_stages)))
 
 
-def _train_adapters_only(gpt: HiddenStatesGPT) -> None:
-    for name, parameter in gpt.named_parameters():
+def _train_adapters_only(chunk: HiddenStatesGPT) -> None:
+    for name, parameter in chunk.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    if gpt.config.recompute_granularity == "full":
+    if chunk.pre_process and chunk.config.recompute_granularity == "full":
         # A checkpointed block whose input needs no gradient passes none to the adapters inside it.
-        gpt.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))

@@ -23,10 +23,24 @@ class Groups:
     tp: dist.ProcessGroup
     tp_size: int
     tp_rank: int
-    dp: dist.ProcessGroup
-    """Data-parallel ranks, context parallelism included."""
+    pp: dist.ProcessGroup
+    pp_size: int
+    pp_rank: int
+    cp: dist.ProcessGroup
+    cp_size: int
+    cp_rank: int
+    tp_cp: dist.ProcessGroup
+    """Ranks that share one stream under sequence parallelism; rank = cp_rank * tp_size + tp_rank."""
     dp_size: int
     dp_rank: int
+    """Which micro-batches are this rank's: equal on all ranks that share a stream."""
+    dp_cp: dist.ProcessGroup
+    """Ranks with the same weights: gradients are summed over them, the distributed optimizer is sharded over them."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether hidden states meet the loss here."""
+        return self.pp_rank == self.pp_size - 1
 
 
 def initialize_groups(config: ParallelConfig, seed: int, local_rank: int) -> Groups:
@@ -47,27 +61,48 @@ def initialize_groups(config: ParallelConfig, seed: int, local_rank: int) -> Gro
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-    world_size, tp_size = dist.get_world_size(), config.tensor_model_parallel_size
-    if world_size % tp_size:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp_size}: must divide the number of processes, {world_size}; "
-            f"start torchrun with --nproc-per-node {tp_size} (or a multiple)"
-        )
+    _require_whole_models(config, dist.get_world_size())
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp_size, distributed_timeout_minutes=config.distributed_timeout_minutes
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * pp_rank)  # stages must not draw the same adapters
     return Groups(
         device=device,
-        world_size=world_size,
+        world_size=dist.get_world_size(),
         rank=dist.get_rank(),
         tp=parallel_state.get_tensor_model_parallel_group(),
-        tp_size=tp_size,
+        tp_size=config.tensor_model_parallel_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        dp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-        dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        pp_size=config.pipeline_model_parallel_size,
+        pp_rank=pp_rank,
+        cp=parallel_state.get_context_parallel_group(),
+        cp_size=config.context_parallel_size,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        tp_cp=parallel_state.get_tensor_and_context_parallel_group(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+
+
+def _require_whole_models(config: ParallelConfig, world_size: int) -> None:
+    size = config.model_parallel_size
+    if world_size % size:
+        tp, pp, cp = (
+            config.tensor_model_parallel_size,
+            config.pipeline_model_parallel_size,
+            config.context_parallel_size,
+        )
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp}: "
+            f"{size} must divide the number of processes, {world_size}; start torchrun with --nproc-per-node {size} "
+            "(or a multiple)"
+        )
 
 
 def destroy_groups() -> None:

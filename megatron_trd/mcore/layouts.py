@@ -56,7 +56,13 @@ class Row:
         """Dimension that tensor parallelism splits; None when every rank holds all of it."""
         return {"replicated": None, "row": 1}.get(self.kind, 0)
 
+    @property
+    def adapted(self) -> bool:
+        """Whether it is the weight of a linear that carries adapters under LoRA."""
+        return self.megatron.endswith(tuple(f"{module}.weight" for module in ADAPTED))
 
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _QKV = ("q_proj", "k_proj", "v_proj")
 ADAPTED = {  # Megatron's module -> Hugging Face's modules: the seven projections of a LoRA
     "self_attention.linear_qkv": tuple(f"self_attn.{name}" for name in _QKV),
@@ -74,7 +80,7 @@ _KIND_OF_ADAPTED: dict[str, Kind] = {
 
 def rows(family: Family, geometry: Geometry, *, tied: bool) -> Iterator[Row]:
     """Yield every row of a model, in the order of the layers."""
-    yield Row(megatron="embedding.word_embeddings.weight", hf=("model.embed_tokens.weight",), kind="vocab")
+    yield Row(megatron=EMBEDDING, hf=("model.embed_tokens.weight",), kind="vocab")
     for i in range(geometry.num_layers):
         here, there = f"decoder.layers.{i}.", f"model.layers.{i}."
         yield Row(megatron=f"{here}input_layernorm.weight", hf=(f"{there}input_layernorm.weight",), kind="replicated")
@@ -104,7 +110,7 @@ def rows(family: Family, geometry: Geometry, *, tied: bool) -> Iterator[Row]:
         )
     yield Row(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",), kind="replicated")
     if not tied:
-        yield Row(megatron="output_layer.weight", hf=("lm_head.weight",), kind="vocab")
+        yield Row(megatron=HEAD, hf=("lm_head.weight",), kind="vocab")
 
 
 def shard(row: Row, tensors: Sequence[Tensor], geometry: Geometry, tp_size: int, tp_rank: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from megatron_trd.config.schema import OptimizerConfig, ParallelConfig
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: OptimizerConfig, parallel: ParallelConfig, total_steps: int
+    chunks: list[DistributedDataParallel], config: OptimizerConfig, parallel: ParallelConfig, total_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Return the optimizer over the model's trainable parameters, and its schedule over `total_steps` steps."""
+    """Return the optimizer over all chunks' trainable parameters, and its schedule over `total_steps` steps."""
     _mend_distributed_adamw()
-    bf16 = model.module.config.bf16
+    _mend_saving_of_buckets()
+    bf16 = chunks[0].module.config.bf16
     min_lr = config.lr / 10 if config.min_lr is None else config.min_lr
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -36,7 +38,7 @@ def build_optimizer(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,
         ),
-        [model],
+        chunks,
     )
     _give_adamw_its_state(optimizer)
     scheduler = OptimizerParamScheduler(
@@ -101,3 +103,33 @@ def _mend_distributed_adamw() -> None:
 
     optimizer_class._set_main_param_and_optimizer_states = set_state
     optimizer_class.load_state_dict = load
+
+
+def _mend_saving_of_buckets() -> None:
+    """Mend a fault of megatron-core 0.16 in saving the distributed optimizer's state.
+
+    It collects the buckets without the padding between them, but looks parameters up where they are with it: after
+    the first padded bucket each parameter is saved with its neighbour's numbers.
+    """
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    if hasattr(optimizer_class, "_trd_buckets_mended"):
+        return
+    optimizer_class._trd_buckets_mended = True
+    save = optimizer_class.sharded_param_state_fully_reshardable
+
+    def save_where_they_are(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                before = itertools.accumulate((b.numel_unpadded for b in buffer.buckets), initial=0)
+                padding = [bucket.offset - start for bucket, start in zip(buffer.buckets, before, strict=False)]
+                buffer.param_index_map = {
+                    parameter: (start - padding[bucket], end - padding[bucket], bucket)
+                    for parameter, (start, end, bucket) in buffer.param_index_map.items()
+                }
+            return save(self, *args, **kwargs)
+        finally:
+            for buffer, index_map in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = index_map
+
+    optimizer_class.sharded_param_state_fully_reshardable = save_where_they_are

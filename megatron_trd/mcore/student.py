@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_trd.config.schema import Config
@@ -18,7 +18,8 @@ from megatron_trd.mcore.gpt import build_gpt, forward_stream
 from megatron_trd.mcore.groups import Groups
 from megatron_trd.mcore.hf_config import HFModel
 from megatron_trd.mcore.optimizer import build_optimizer
-from megatron_trd.mcore.response import pad_rows, response_rows
+from megatron_trd.mcore.response import gather_response_values, response_rows, response_values
+from megatron_trd.mcore.schedule import rows_without_gradients, run_schedule
 from megatron_trd.mcore.teacher import Teacher
 from megatron_trd.objectives.diagnostics import Sums, diagnostic_sums
 from megatron_trd.objectives.loss import distillation_loss
@@ -30,7 +31,7 @@ class StepResult:
     """What one optimizer step reports."""
 
     sums: list[Sums]
-    """Diagnostics of this data-parallel rank's micro-batches."""
+    """Diagnostics of this rank's part of its micro-batches, on the last stage; elsewhere none."""
     grad_norm: float
     """Global gradient norm before clipping; identical on all ranks."""
     lr: float
@@ -62,20 +63,30 @@ class Student:
         self._sequence_parallel = config.parallel.sequence_parallel
         self._epistemic_ids = torch.tensor(sorted(epistemic_ids), dtype=torch.int64, device=groups.device)
         parallel = config.parallel
-        lora = config.lora if config.lora.lora_rank > 0 else None
-        self.gpt = build_gpt(hf, config.model, groups, sequence_parallel=parallel.sequence_parallel, lora=lora)
-        hf_weights.load(self.gpt, groups)
-        self.ddp = DistributedDataParallel(
-            config=self.gpt.config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=parallel.overlap_grad_reduce,
-                overlap_param_gather=parallel.overlap_param_gather,
-                use_distributed_optimizer=parallel.use_distributed_optimizer,
-                check_for_nan_in_grad=True,
-            ),
-            module=self.gpt,
+        self.gpt = build_gpt(
+            hf,
+            config.model,
+            groups,
+            sequence_parallel=parallel.sequence_parallel,
+            virtual_stages=parallel.num_virtual_stages_per_pipeline_rank,
+            lora=config.lora if config.lora.lora_rank > 0 else None,
         )
+        hf_weights.load(self.gpt, groups)
+        self.ddp = [
+            DistributedDataParallel(
+                config=self.gpt.config,
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    overlap_grad_reduce=parallel.overlap_grad_reduce,
+                    overlap_param_gather=parallel.overlap_param_gather,
+                    use_distributed_optimizer=parallel.use_distributed_optimizer,
+                    check_for_nan_in_grad=True,
+                ),
+                module=chunk,
+                disable_bucketing=index > 0,  # the first chunk's backward pass hides the others' communication
+            )
+            for index, chunk in enumerate(self.gpt.chunks)
+        ]
         self.optimizer, self.scheduler = build_optimizer(self.ddp, config.optimizer, parallel, total_steps)
         self.scheduler.step(1)  # step t of 1..total uses the schedule's value at t, so the first one learns too
         self._connect_to_schedule()
@@ -88,9 +99,8 @@ class Student:
             model, None, **kwargs
         )
         if self.config.parallel.overlap_grad_reduce:
-            model_config.no_sync_func = self.ddp.no_sync
-        if self.config.parallel.overlap_param_gather:
-            model_config.param_sync_func = self.ddp.start_param_sync
+            no_sync = [chunk.no_sync for chunk in self.ddp]
+            model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def train_step(self, micro_batches: Sequence[MicroBatch], teacher: Teacher) -> StepResult:
         """Accumulate the gradients of one step's micro-batches and update. Collective over all ranks."""
@@ -102,85 +112,89 @@ class Student:
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch], teacher: Teacher) -> list[Sums]:
         """Fill every trainable parameter's `main_grad` with the gradient of the step's loss, summed over all ranks."""
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        self.gpt.train()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(micro_batches, teacher, forward_only=False)
 
     def audit(self, micro_batches: Sequence[MicroBatch], teacher: Teacher) -> list[Sums]:
         """Measure the same sums without training. Collective over all ranks."""
-        self.ddp.eval()
+        self.gpt.eval()
         with torch.no_grad():
             return self._run(micro_batches, teacher, forward_only=True)
 
     @torch.no_grad()
     def response_logprobs(self, batch: MicroBatch, temperature: float) -> Tensor:
         """Return the student's log-probability of every response token: [R] fp32, on every rank."""
-        self.ddp.eval()
+        self.gpt.eval()
         batch = batch.to(self.groups.device)
-        hidden = forward_stream(self.ddp, batch.student) / temperature  # the head is linear
-        rows = self._response_rows(hidden, batch)
-        weight = self.gpt.output_weight.detach()
-        output = linear_kl_div(
-            rows,
-            weight,
-            rows,
-            weight,
-            vocab_size=self._vocab_size,
-            token_weight=self._padded(batch.token_weight),
-            labels=self._padded(batch.response_ids),
-            stats=("student_logprob",),
-            tp_group=self.groups.tp,
-            sequence_parallel=self._sequence_parallel,
-        )
-        return output.stats["student_logprob"][: batch.response_ids.numel()]
+        streams = [batch.student] * (self.groups.pp_size if len(self.gpt) > 1 else 1)  # what interleaving asks for
+        rows = rows_without_gradients(self.gpt, streams, self.groups)
+        num_tokens = batch.response_ids.numel()
+        logprobs = torch.empty(num_tokens, dtype=torch.float32, device=self.groups.device)
+        if self.groups.is_last_stage:
+            weight, scaled = self.gpt.output_weight.detach(), rows[0] / temperature  # the head is linear
+            output = linear_kl_div(
+                scaled,
+                weight,
+                scaled,
+                weight,
+                vocab_size=self._vocab_size,
+                token_weight=self._dealt(batch.token_weight),
+                labels=self._dealt(batch.response_ids),
+                stats=("student_logprob",),
+                tp_group=self.groups.tp,
+                sequence_parallel=self._sequence_parallel,
+            )
+            logprobs = gather_response_values(output.stats["student_logprob"], num_tokens, self.groups)
+        dist.broadcast(logprobs, group=self.groups.pp, group_src=self.groups.pp_size - 1)
+        return logprobs
 
     def _run(self, micro_batches: Sequence[MicroBatch], teacher: Teacher, *, forward_only: bool) -> list[Sums]:
-        def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
-            batch = next(batches).to(self.groups.device)
-            teacher_rows = teacher.rows(batch.teacher)
-            hidden = forward_stream(model, batch.student)
-            return hidden, lambda hidden: self._loss(hidden, teacher_rows, teacher.output_weight, batch)
+        teacher_rows = teacher.rows([batch.teacher for batch in micro_batches])
 
-        reports: list[dict[str, Sums]] = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=self.ddp,
-            num_microbatches=len(micro_batches),
-            seq_length=1,  # only pipelines ask for these two
-            micro_batch_size=1,
-            forward_only=forward_only,
+        def forward(chunk: torch.nn.Module, batch: MicroBatch) -> tuple[Tensor, Callable]:
+            batch = batch.to(self.groups.device)
+            rows = next(teacher_rows) if self.groups.is_last_stage and chunk is self.ddp[-1] else None
+            hidden = forward_stream(chunk, batch.student, self.groups)
+
+            def loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+                assert rows is not None  # asked for where the last chunk is
+                return self._loss(hidden, rows, teacher.output_weight, batch)
+
+            return hidden, loss
+
+        reports: list[dict[str, Sums]] = run_schedule(
+            self.ddp, micro_batches, forward, self.groups, forward_only=forward_only
         )
         return [report["sums"] for report in reports]
 
     def _loss(
         self, hidden: Tensor, teacher_rows: Tensor, teacher_weight: Tensor, batch: MicroBatch
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        weight = self._padded(batch.token_weight)
+        weight = self._dealt(batch.token_weight)
         output = distillation_loss(
             self.config.objective,
-            student_rows=self._response_rows(hidden, batch),
+            student_rows=response_rows(
+                hidden.squeeze(1), batch.student, self.groups, sequence_parallel=self._sequence_parallel
+            ),
             student_weight=self.gpt.output_weight,
             teacher_rows=teacher_rows,
             teacher_weight=teacher_weight,
             vocab_size=self._vocab_size,
             token_weight_R=weight,
-            response_ids_R=self._padded(batch.response_ids),
+            response_ids_R=self._dealt(batch.response_ids),
             epistemic_ids=self._epistemic_ids,
             tp_group=self.groups.tp,
             sequence_parallel=self._sequence_parallel,
         )
-        sums = diagnostic_sums(output, weight, self._padded(batch.y_o_correct), self.config.objective.token_clip)
+        sums = diagnostic_sums(output, weight, self._dealt(batch.y_o_correct), self.config.objective.token_clip)
         num_tokens = torch.ones((), dtype=torch.int, device=hidden.device)
         return output.loss, num_tokens, {"sums": sums}
 
-    def _response_rows(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        positions = batch.student.response_positions
-        return response_rows(hidden, positions, self.groups, sequence_parallel=self._sequence_parallel)
-
-    def _padded(self, values: Tensor) -> Tensor:
-        """Pad [R] to the length that `response_rows` deals out."""
-        return pad_rows(values, self.groups.tp_size) if self._sequence_parallel else values
+    def _dealt(self, values: Tensor) -> Tensor:
+        return response_values(values, self.groups, sequence_parallel=self._sequence_parallel)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the student's weights under Hugging Face names, adapters merged. Every rank must exhaust it."""
@@ -195,5 +209,6 @@ class Student:
     def wait_for_parameters(self) -> None:
         """Make this rank's parameters those of the last step. Collective over the data-parallel group."""
         if self.config.parallel.overlap_param_gather:  # otherwise the gather would wait for the next forward pass
-            self.ddp.disable_forward_pre_hook(param_sync=True)
-            self.ddp.enable_forward_pre_hook()
+            for chunk in self.ddp:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()

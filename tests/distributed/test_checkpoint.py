@@ -18,17 +18,18 @@ from megatron_trd.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
+from tests.distributed.parity import loss_of_all_ranks
 from tiny_models import VOCAB, make_model, make_samples
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), tied=True)
+    return make_model(tmp_path_factory.mktemp("model"), tied=True, layers=4)
 
 
 def run_steps(rank, world, model, directory, lora, bf16, grid, start, stop, losses, total_steps=6):
     """Steps start..stop on a grid, resuming at `start` and saving at `stop`; rank 0 appends its losses to a file."""
-    from megatron_trd.data.packing import pack
+    from megatron_trd.data.packing import Multiples, pack
     from megatron_trd.mcore import checkpoint
     from megatron_trd.mcore.groups import initialize_groups
     from megatron_trd.mcore.hf_config import padded_vocab_size, read_hf_model
@@ -58,12 +59,11 @@ def run_steps(rank, world, model, directory, lora, bf16, grid, start, stop, loss
             num_steps=1,
             dp_size=groups.dp_size,
             max_tokens=100,
-            length_multiple=groups.tp_size,
+            multiples=Multiples.of(config.parallel),
             normalization="sequence",
         )
         result = student.train_step(batch[groups.dp_rank], teacher)
-        loss = torch.stack([s["loss"][0] for s in result.sums]).sum()
-        torch.distributed.all_reduce(loss, group=groups.dp)
+        loss = loss_of_all_ranks(result.sums, groups)
         if rank == 0:
             with open(losses, "a") as file:
                 file.write(f"{loss.item()!r} {result.grad_norm!r} {result.lr!r}\n")
@@ -81,6 +81,9 @@ ADAPTER = {"lora_rank": 4, "lora_alpha": 8.0}
 DROPOUT = {**ADAPTER, "lora_dropout": 0.1}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 DP2 = {"use_distributed_optimizer": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {**PP2, "num_virtual_stages_per_pipeline_rank": 2}
+CP2 = {"context_parallel_size": 2}
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
@@ -90,17 +93,23 @@ OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "over
         (DROPOUT, False, TP2, TP2, True),
         (FULL, True, DP2, DP2, True),
         (FULL, False, OVERLAP, OVERLAP, True),
+        (FULL, True, {**PP2, **CP2, **OVERLAP}, {**PP2, **CP2, **OVERLAP}, True),
+        (DROPOUT, False, VPP2, VPP2, True),
         # On another grid: the same numbers up to rounding.
         (FULL, False, DP2, {**TP2, **DP2}, False),
         (ADAPTER, False, {**TP2, **DP2}, DP2, False),
+        (FULL, False, {**CP2, **DP2}, {**VPP2, **DP2}, False),
+        (ADAPTER, False, {**VPP2, **OVERLAP}, {**CP2, **DP2}, False),
+        (FULL, False, {**PP2, **CP2, **DP2}, {**TP2, **DP2}, False),  # on half as many ranks
     ],
 )
 def test_resumed_run_equals_uninterrupted(model, tmp_path, lora, bf16, first, second, exact) -> None:
+    before, after = (max(2, ParallelConfig(**grid).model_parallel_size) for grid in (first, second))
     common = (str(model), str(tmp_path / "straight"), lora, bf16)
-    spawn(run_steps, 2, *common, first, 0, 4, str(tmp_path / "straight.txt"), timeout_s=200)
+    spawn(run_steps, before, *common, first, 0, 4, str(tmp_path / "straight.txt"), timeout_s=200)
     common = (str(model), str(tmp_path / "split"), lora, bf16)
-    spawn(run_steps, 2, *common, first, 0, 2, str(tmp_path / "split.txt"), timeout_s=200)
-    spawn(run_steps, 2, *common, second, 2, 4, str(tmp_path / "split.txt"), timeout_s=200)
+    spawn(run_steps, before, *common, first, 0, 2, str(tmp_path / "split.txt"), timeout_s=200)
+    spawn(run_steps, after, *common, second, 2, 4, str(tmp_path / "split.txt"), timeout_s=200)
     straight, split = numbers(tmp_path / "straight.txt"), numbers(tmp_path / "split.txt")
     assert len(straight) == len(split) == 4
     assert straight[0][0] != straight[3][0]

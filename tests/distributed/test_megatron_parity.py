@@ -39,12 +39,11 @@ def load_model(path: Path, groups, sp: bool, **model_options):
 
 def response_logits(gpt, groups, sp: bool, samples) -> torch.Tensor:
     """Full [R, vocabulary] logits of the student's stream, in the samples' order."""
-    from megatron_trd.data.packing import pack_in_order
-    from megatron_trd.mcore.gpt import forward_stream
-    from megatron_trd.mcore.response import response_rows
+    from megatron_trd.data.packing import Multiples, pack_in_order
+    from megatron_trd.mcore.schedule import rows_without_gradients
 
-    stream = pack_in_order(samples, groups.tp_size if sp else 1).student
-    rows = response_rows(forward_stream(gpt, stream), stream.response_positions, groups, sequence_parallel=sp)
+    stream = pack_in_order(samples, Multiples(stream=groups.tp_size)).student
+    (rows,) = rows_without_gradients(gpt, [stream], groups)
     if sp:
         rows = gathered(rows, groups, 0)[: stream.response_positions.numel()]
     return gathered(rows @ gpt.output_weight.T, groups, 1)[:, :VOCAB]
@@ -117,13 +116,13 @@ def test_attention_never_crosses_a_sequence(models: Path) -> None:
 
 
 def check_recompute(rank: int, world: int, root: str, lora_rank: int) -> None:
-    from megatron_trd.data.packing import pack_in_order
+    from megatron_trd.data.packing import Multiples, pack_in_order
     from megatron_trd.mcore.gpt import forward_stream
     from megatron_trd.mcore.groups import initialize_groups
 
     groups = initialize_groups(ParallelConfig(tensor_model_parallel_size=world, sequence_parallel=world > 1), 1, 0)
     lora = LoraConfig(lora_rank=lora_rank) if lora_rank else None
-    stream = pack_in_order(make_samples(4), world).student
+    stream = pack_in_order(make_samples(4), Multiples(stream=world)).student
     gradients = []
     for granularity in ("none", "full"):
         gpt = load_model(
@@ -134,7 +133,7 @@ def check_recompute(rank: int, world: int, root: str, lora_rank: int) -> None:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
             if "lora_a" in name:
                 parameter.data.fill_(0.01)
-        forward_stream(gpt, stream).square().sum().backward()
+        forward_stream(gpt.chunks[0], stream, groups).square().sum().backward()
         gradients.append({n: p.grad for n, p in gpt.named_parameters() if p.requires_grad and p.grad is not None})
     kept, recomputed = gradients
     assert kept.keys() == recomputed.keys() and kept

@@ -51,14 +51,14 @@ def build(model: str, parallel: ParallelConfig, **method):
 
 
 def packed(samples, groups, parallel: ParallelConfig):
-    from megatron_trd.data.packing import pack
+    from megatron_trd.data.packing import Multiples, pack
 
     (batch,) = pack(
         samples,
         num_steps=1,
         dp_size=groups.dp_size,
         max_tokens=60,
-        length_multiple=groups.tp_size if parallel.sequence_parallel else 1,
+        multiples=Multiples.of(parallel),
         normalization="sequence",
     )
     return batch[groups.dp_rank]
@@ -109,6 +109,16 @@ def expected_training(model: Path):
     [
         (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
         (2, ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)),
+        (
+            4,
+            ParallelConfig(
+                pipeline_model_parallel_size=2,
+                context_parallel_size=2,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=True,
+                overlap_param_gather=True,
+            ),
+        ),
     ],
 )
 def test_steps_equal_adamw(model: Path, world: int, parallel: ParallelConfig) -> None:
@@ -132,10 +142,16 @@ def teach_itself(rank: int, world: int, model: str, parallel: ParallelConfig) ->
 
 
 @pytest.mark.parametrize(
-    "parallel", [ParallelConfig(), ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)]
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ParallelConfig(pipeline_model_parallel_size=2),
+        ParallelConfig(context_parallel_size=2),
+    ],
 )
 def test_a_student_that_teaches_itself_learns_exactly_nothing(model: Path, parallel: ParallelConfig) -> None:
-    world = parallel.tensor_model_parallel_size
+    world = parallel.model_parallel_size
     for loss, largest_gradient, _ in spawn(teach_itself, world, str(model), parallel, timeout_s=120):
         assert loss == 0.0
         assert largest_gradient == 0.0

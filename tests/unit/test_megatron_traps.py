@@ -52,11 +52,11 @@ def test_missing_psutil_is_an_error_instead_of_a_save_that_hangs() -> None:
         (["--recompute-granularity", "selective"], "--recompute-granularity selective: use one of none, full"),
         # Without Transformer Engine Megatron ignores fp8 and trains in plain precision.
         (["--fp8-format", "hybrid"], "--fp8-format: unknown flag"),
-        (["--pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size 2: pipeline parallelism is not"),
         (
-            ["--context-parallel-size", "2"],
-            "--context-parallel-size 2: context parallelism is not supported yet; use 1",
+            ["--num-virtual-stages-per-pipeline-rank", "2"],
+            "--num-virtual-stages-per-pipeline-rank 2: needs --pipeline-model-parallel-size > 1",
         ),
+        (["--context-parallel-size", "0"], "--context-parallel-size 0: give a positive integer"),
     ],
 )
 def test_what_would_fail_later_is_refused_at_start(flags, message, capsys) -> None:

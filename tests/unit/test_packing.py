@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from megatron_trd.data.packing import lay_out, pack, pack_in_order
+from megatron_trd.config.schema import ParallelConfig
+from megatron_trd.data.packing import Multiples, lay_out, pack, pack_in_order
 from megatron_trd.records import Sample
 from tiny_models import make_samples
 
@@ -32,7 +33,7 @@ def test_every_token_lands_once_with_its_weight(normalization, dp_size, max_toke
         num_steps=num_steps,
         dp_size=dp_size,
         max_tokens=max_tokens,
-        length_multiple=multiple,
+        multiples=Multiples(stream=multiple),
         normalization=normalization,
     )
     assert len(steps) == num_steps
@@ -90,24 +91,57 @@ def unpack(batch):
 
 def test_a_rank_without_sequences_still_gets_a_micro_batch() -> None:
     ((first, second),) = pack(
-        make_samples(1), num_steps=3, dp_size=2, max_tokens=10, length_multiple=4, normalization="sequence"
+        make_samples(1), num_steps=3, dp_size=2, max_tokens=10, multiples=Multiples(stream=4), normalization="sequence"
     )
     assert first[0].num_sequences == 1 and second[0].num_sequences == 0
     assert second[0].response_ids.numel() == 0 and second[0].student.input_ids.numel() == 4
 
 
 def test_load_is_balanced_over_ranks() -> None:
-    (step,) = pack(make_samples(40), num_steps=1, dp_size=4, max_tokens=400, length_multiple=1, normalization="token")
+    (step,) = pack(
+        make_samples(40), num_steps=1, dp_size=4, max_tokens=400, multiples=Multiples(), normalization="token"
+    )
     loads = [sum(m.student.input_ids.numel() + m.teacher.input_ids.numel() for m in rank) for rank in step]
     assert max(loads) <= 1.1 * min(loads)
 
 
 def test_order_is_kept_where_asked() -> None:
     samples = make_samples(5)
-    batch = pack_in_order(samples, 2)
+    batch = pack_in_order(samples, Multiples(stream=2))
     assert batch.response_ids.tolist() == [i for s in samples for i in s.response_ids]
 
 
 def test_zero_usable_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="zero usable samples.*--on-bad-refinement"):
-        pack([], num_steps=1, dp_size=1, max_tokens=1, length_multiple=1, normalization="token")
+        pack([], num_steps=1, dp_size=1, max_tokens=1, multiples=Multiples(), normalization="token")
+
+
+def test_multiples_of_a_grid() -> None:
+    grid = ParallelConfig(
+        tensor_model_parallel_size=4,
+        sequence_parallel=True,
+        context_parallel_size=2,
+        pipeline_model_parallel_size=3,
+        num_virtual_stages_per_pipeline_rank=2,
+    )
+    assert Multiples.of(grid) == Multiples(sequence=4, stream=16, micro_batches=3)
+    assert Multiples.of(ParallelConfig(pipeline_model_parallel_size=3)) == Multiples()
+
+
+def test_sequences_are_padded_behind_their_tokens_and_micro_batches_come_in_multiples() -> None:
+    samples, multiples = make_samples(5), Multiples(sequence=4, stream=8, micro_batches=3)
+    ((rank,),) = pack(samples, num_steps=1, dp_size=1, max_tokens=1000, multiples=multiples, normalization="sequence")
+    assert len(rank) == 3
+    responses = []
+    for batch in rank:
+        for stream, side in ((batch.student, "student"), (batch.teacher, "teacher")):
+            lengths = stream.cu_seqlens.diff()
+            assert (lengths % 4 == 0).all() and stream.input_ids.numel() % 8 == 0
+            assert stream.cu_seqlens[-1] == stream.input_ids.numel() and stream.max_seqlen == lengths.max()
+            predicted = stream.input_ids[stream.response_positions[1:]]
+            first = batch.token_weight.numel()  # the position of a later token holds the token before it
+            assert first == stream.response_positions.numel()
+            follows = stream.response_positions.diff() == 1
+            assert torch.equal(predicted[follows], batch.response_ids[:-1][follows]), side
+        responses += batch.response_ids.tolist()
+    assert sorted(responses) == sorted(i for s in samples for i in s.response_ids)
