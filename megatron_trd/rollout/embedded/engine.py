@@ -7,21 +7,21 @@ one decoding step at most, never for another request to end.
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from megatron_trd.rollout.embedded_batch import Batch, Request
+from megatron_trd.rollout.embedded.batch import Batch, Request
+from megatron_trd.rollout.embedded.lora import LoraModel
+from megatron_trd.rollout.embedded.weights import ServedWeights
 
 T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -42,7 +42,7 @@ class EmbeddedEngine:
     def __init__(
         self,
         model_path: str,
-        on_finished: Callable[[Sequence[Request]], object],
+        on_progress: Callable[[Sequence[Request]], object],
         *,
         weight_version: str = "default",
         max_running_requests: int = 1024,
@@ -51,23 +51,28 @@ class EmbeddedEngine:
         """Load the model; `start` begins to serve.
 
         Args:
-            on_finished: called in the engine's thread with the requests that just got their finish reason.
+            on_progress: called in the engine's thread with the requests that just got their finish reason, and with
+                streamed ones after each token.
         """
         self.model_path, self.weight_version = model_path, weight_version
         transformers_logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa").eval()
-        self.vocab_size: int = self.model.config.vocab_size
-        self.context_length: int = self.model.config.max_position_embeddings
-        eos = self.model.generation_config.eos_token_id
+        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa").eval()
+        self.model, self.weights = LoraModel(base), ServedWeights(base)
+        self.config = base.config
+        self.vocab_size: int = base.config.vocab_size
+        self.context_length: int = base.config.max_position_embeddings
+        eos = base.generation_config.eos_token_id
         self.eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self.paused = False
-        self._on_finished = on_finished
-        self._max_running_requests = max_running_requests
+        self.max_running_requests = max_running_requests
+        self._on_progress = on_progress
         self._inbox: queue.SimpleQueue[Request | Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
+        self._held: list[Request] = []
+        """Came while paused. Not in the engine yet as far as aborting all is concerned; SGLang's rule."""
         self._batch: Batch | None = None
-        self._when_quiet: Callable[[], None] | None = None
+        self._when_quiet: deque[Callable[[], None]] = deque()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
 
@@ -81,11 +86,11 @@ class EmbeddedEngine:
         return self._thread.is_alive()
 
     def submit(self, request: Request) -> None:
-        """Queue a request; `on_finished` will get it."""
+        """Queue a request; `on_progress` will get it."""
         self._inbox.put(request)
 
     def call(self, action: Callable[[], T]) -> Future[T]:
-        """Run `action` between two steps of the engine; ValueError and OSError reach the caller."""
+        """Run `action` between two steps of the engine; what it raises reaches the caller."""
         future: Future[T] = Future()
         self._inbox.put(lambda: _resolve(future, action))
         return future
@@ -94,6 +99,7 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         """Abort everything and end the thread."""
+        self.resume()
         self.abort(None, "The server is shutting down.")
         self._closing = True
 
@@ -103,16 +109,32 @@ class EmbeddedEngine:
         return self._batch.num_live if self._batch else 0
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that hold none yet."""
+        return len(self._waiting) + len(self._held)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens whose keys and values are cached."""
+        return sum(len(r.prompt_ids) + len(r.token_ids) for r in self._running())
+
+    @property
+    def _may_decode(self) -> bool:
+        return not self.paused and self.weights.trouble is None
+
+    @property
     def is_flushed(self) -> bool:
         """Whether no cache is in use; while paused, requests that wait hold none."""
         return self.num_running == 0 and (self.paused or not self._waiting)
 
     def abort(self, rid: str | None, message: str = "Aborted") -> None:
-        """End one request, or all of them (None), with what it has sampled so far."""
-        chosen = [r for r in (*self._running(), *self._waiting) if rid is None or r.rid == rid]
+        """End one request, or all of them (None) but those that came while paused, with what it has sampled so far."""
+        present = [*self._running(), *self._waiting]
+        chosen = present if rid is None else [r for r in (*present, *self._held) if r.rid == rid]
         for request in chosen:
             request.finish_reason = {"type": "abort", "message": message}
         self._waiting = deque(r for r in self._waiting if r.finish_reason is None)
+        self._held = [r for r in self._held if r.finish_reason is None]
         self._report(chosen)
 
     def pause(self, mode: PauseMode) -> None:
@@ -130,28 +152,47 @@ class EmbeddedEngine:
     def resume(self) -> None:
         """Go on decoding."""
         self.paused = False
+        self._waiting.extend(self._held)
+        self._held = []
 
-    def load_weights(self, directory: str, version: str | None) -> Future[None]:
-        """Replace all weights as soon as nothing decodes (at once while paused); new requests wait meanwhile."""
-        future: Future[None] = Future()
-
-        def load() -> None:
-            copy_weights(self.model, directory)
-            self.model_path = directory
-            self.weight_version = self.weight_version if version is None else version
-
-        if self._when_quiet is not None:
-            future.set_exception(ValueError("another weight update is under way"))
-        else:
-            self._when_quiet = lambda: _resolve(future, load)
+    def when_quiet(self, action: Callable[[], T]) -> Future[T]:
+        """Run `action` as soon as nothing decodes (at once while paused); new requests wait meanwhile."""
+        future: Future[T] = Future()
+        self._when_quiet.append(lambda: _resolve(future, action))
         return future
 
-    def checksums(self) -> dict[str, str]:
-        """Return a SHA-256 of every parameter's bytes."""
-        return {
-            name: hashlib.sha256(p.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, p in self.model.named_parameters()
-        }
+    def update_weights(self, copy: Callable[[], None], version: str | None, *, flush: bool = True) -> Future[None]:
+        """Let `copy` change the weights when nothing decodes, and name them `version`.
+
+        Args:
+            flush: refuse with ValueError while requests hold keys and values of the old weights.
+        """
+
+        def update() -> None:
+            if flush and self.num_running:
+                raise ValueError(
+                    f"{self.num_running} requests hold keys and values of the old weights; "
+                    "pause with mode retract or abort, or send flush_cache: false"
+                )
+            copy()
+            self.weight_version = self.weight_version if version is None else version
+
+        return self.when_quiet(update)
+
+    def load_weights(self, directory: str, version: str | None, *, flush: bool = True) -> Future[None]:
+        """Replace all weights by those of a directory."""
+
+        def load() -> None:
+            self.weights.copy_directory(directory)
+            self.model_path = directory
+
+        return self.update_weights(load, version, flush=flush)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Free memory; see `ServedWeights`. Raises ValueError unless nothing runs."""
+        if not self.is_flushed:
+            raise ValueError("release_memory_occupation should be called only when server is idle.")
+        self.weights.release_memory(tags)
 
     # ------------------------------------------------------------- the loop
 
@@ -160,31 +201,31 @@ class EmbeddedEngine:
         try:
             while not self._closing:
                 self._receive()
-                if self._when_quiet is not None and (self.paused or self._batch is None):
-                    action, self._when_quiet = self._when_quiet, None
-                    action()
-                if not self.paused:
-                    if self._when_quiet is None:
+                while self._when_quiet and (self.paused or self._batch is None):
+                    self._when_quiet.popleft()()
+                if self._may_decode:
+                    if not self._when_quiet:
                         self._admit()
                     self._step()
         finally:
             while not self._inbox.empty():
                 item = self._inbox.get_nowait()
                 if isinstance(item, Request):
-                    self._waiting.append(item)
+                    self._held.append(item)
+            self.resume()
             self.abort(None, "The engine has stopped.")
 
     def _receive(self) -> None:
         """Take what arrived; block when there is nothing else to do."""
-        has_work = not self.paused and (self._batch is not None or bool(self._waiting))
-        timeout = 0.0 if has_work or self._when_quiet is not None else None
+        has_work = self._may_decode and (self._batch is not None or bool(self._waiting))
+        timeout = 0.0 if has_work or self._when_quiet else None
         while True:
             try:
                 item = self._inbox.get(timeout=timeout) if timeout != 0.0 else self._inbox.get_nowait()
             except queue.Empty:
                 return
             if isinstance(item, Request):
-                self._waiting.append(item)
+                (self._held if self.paused else self._waiting).append(item)
                 if timeout is None:
                     timeout = ARRIVAL_GAP_S
             else:
@@ -194,7 +235,7 @@ class EmbeddedEngine:
     def _admit(self) -> None:
         """Prefill the oldest requests that fit and let them join the batch."""
         chosen: list[Request] = []
-        width, free = 0, self._max_running_requests - self.num_running
+        width, free = 0, self.max_running_requests - self.num_running
         while self._waiting and len(chosen) < free:
             request = self._waiting[0]
             widest = max(width, len(request.prompt_ids) + len(request.token_ids))
@@ -229,60 +270,22 @@ class EmbeddedEngine:
             self._batch.compact()
 
     def _report(self, requests: Sequence[Request]) -> None:
-        finished = [r for r in requests if r.finish_reason is not None]
-        if finished:
-            self._on_finished(finished)
+        news = [r for r in requests if r.finish_reason is not None or r.is_streamed]
+        if news:
+            self._on_progress(news)
 
     def _running(self) -> list[Request]:
         return [r for r in self._batch.requests if r.finish_reason is None] if self._batch else []
 
 
 def _resolve(future: Future[T], action: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():  # its client hung up
+        return
     try:
         result = action()
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         future.set_exception(error)
+    except SafetensorError as error:  # torn files; it has no base but Exception
+        future.set_exception(ValueError(str(error)))
     else:
         future.set_result(result)
-
-
-@torch.no_grad()
-def copy_weights(model: torch.nn.Module, directory: str) -> None:
-    """Copy every weight from a directory of safetensors; all names and shapes are checked before the first copy.
-
-    Raises:
-        ValueError: files, names or shapes are not those of the model, which then keeps its weights.
-    """
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"no *.safetensors in {directory}")
-    parameters = dict(model.named_parameters())
-    tied = {"lm_head.weight"} - parameters.keys()
-    found: dict[str, Path] = {}
-    problems: list[str] = []
-    for file in files:
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a mapping
-                if name in tied:
-                    continue
-                shape = tuple(shard.get_slice(name).get_shape())
-                if name not in parameters:
-                    problems.append(f"unknown {name}")
-                elif shape != tuple(parameters[name].shape):
-                    problems.append(f"{name} is {shape}, not {tuple(parameters[name].shape)}")
-                elif name in found:
-                    problems.append(f"{name} is in {found[name].name} and in {file.name}")
-                found[name] = file
-    problems += [f"missing {name}" for name in sorted(parameters.keys() - found.keys())]
-    if problems:
-        raise ValueError(f"weights in {directory} do not fit: {_shortened(problems)}")
-    for file in files:
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                if name not in tied:
-                    parameters[name].copy_(shard.get_tensor(name))
-
-
-def _shortened(problems: Iterable[str], num: int = 4) -> str:
-    first: list[Any] = list(problems)
-    return ", ".join(first[:num]) + (f" and {len(first) - num} more" if len(first) > num else "")

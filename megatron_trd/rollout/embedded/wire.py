@@ -8,8 +8,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_trd.rollout.embedded_batch import Request
-from megatron_trd.rollout.embedded_engine import EmbeddedEngine
+from megatron_trd.rollout.embedded.batch import Request
+from megatron_trd.rollout.embedded.bodies import BodyError, NotServingError
+from megatron_trd.rollout.embedded.engine import EmbeddedEngine
 
 _NEUTRAL: dict[str, Any] = {
     "min_p": 0.0,
@@ -30,43 +31,56 @@ _NEUTRAL: dict[str, Any] = {
 }
 """Sampling keys of SGLang that this server knows only at their neutral value."""
 _IGNORED = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval"}
+_PER_PROMPT = ("sampling_params", "rid", "return_logprob", "logprob_start_len", "lora_path")
+"""Fields of the body that may be a list with one entry for each prompt."""
 _OWN = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos", "n", "sampling_seed"}
 
 
-def parse_generate(body: Any, engine: EmbeddedEngine) -> tuple[list[Request], bool]:
+def parse_generate(body: Mapping[str, Any], engine: EmbeddedEngine) -> tuple[list[Request], bool]:
     """Turn a `/generate` body into requests, in prompt-major order, and say whether to answer with a list.
 
     Raises:
+        BodyError: a field is of the wrong type.
         ValueError: what SGLang answers with HTTP 400, and token ids outside the vocabulary.
+        NotServingError: the engine has stopped, or has no weights now.
     """
-    if not isinstance(body, Mapping):
-        raise ValueError("the body must be a JSON object")
+    trouble = engine.weights.trouble if engine.is_alive else "the engine has stopped"
+    if trouble is not None:
+        raise NotServingError(trouble)
     text, ids = body.get("text"), body.get("input_ids")
     if (text is None) == (ids is None):
         raise ValueError("Either text or input_ids should be provided.")
-    if body.get("stream"):
-        raise ValueError("stream is not supported by the embedded server")
+    if not isinstance(ids, (list, type(None))) or not isinstance(text, (str, list, type(None))):
+        raise BodyError("text must be a string or a list of them, input_ids a list of integers or of such lists")
     source = ids if text is None else text
     is_batch = isinstance(source, list) and bool(source) and (text is not None or isinstance(source[0], list))
     prompts: list[Any] = list(source or ()) if is_batch else [source]
-    settings, rids = body.get("sampling_params") or {}, body.get("rid")
-    if not isinstance(settings, list):
-        settings = [settings] * len(prompts)
-    if len(settings) != len(prompts):
-        raise ValueError(f"{len(settings)} sampling_params for {len(prompts)} prompts")
     requests: list[Request] = []
-    for i, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
+    for i, prompt in enumerate(prompts):
         token_ids = engine.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        rid = rids[i] if isinstance(rids, list) and i < len(rids) else rids if not is_batch else None
-        requests += _parse_one(token_ids, setting, rid, body, engine)
+        one = {key: _item(key, body.get(key), i, len(prompts)) for key in _PER_PROMPT}
+        if is_batch and isinstance(body.get("rid"), str):
+            one["rid"] = f"{body['rid']}_{i}"
+        requests += _parse_one(token_ids, one, bool(body.get("stream")), engine)
     return requests, is_batch or len(requests) > 1
 
 
-def _parse_one(ids: Any, sampling: Any, rid: Any, body: Mapping[str, Any], engine: EmbeddedEngine) -> list[Request]:
+def _item(key: str, value: Any, i: int, num: int) -> Any:
+    """Return what prompt i gets of a field that holds for all or is a list of `num`."""
+    if not isinstance(value, list):
+        return value
+    if len(value) != num:
+        raise ValueError(f"{len(value)} {key.removesuffix('s')}s for {num} prompts")
+    return value[i]
+
+
+def _parse_one(ids: Any, body: Mapping[str, Any], is_streamed: bool, engine: EmbeddedEngine) -> list[Request]:
     """Validate one prompt; return its `n` requests."""
-    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < engine.vocab_size for i in ids):
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise BodyError("each of input_ids must be a list of integers")
+    if not ids or not all(0 <= i < engine.vocab_size for i in ids):
         raise ValueError(f"input_ids must be a non-empty list of integers in [0, {engine.vocab_size})")
-    values = _parse_sampling(sampling)
+    values = _parse_sampling(body["sampling_params"] or {})
     max_new_tokens = values["max_new_tokens"]
     if len(ids) + max_new_tokens > engine.context_length:
         raise ValueError(
@@ -74,11 +88,14 @@ def _parse_one(ids: Any, sampling: Any, rid: Any, body: Mapping[str, Any], engin
             f"You requested a total of {len(ids) + max_new_tokens} tokens: {len(ids)} tokens from the input messages "
             f"and {max_new_tokens} tokens for the completion."
         )
-    start = body.get("logprob_start_len")
-    start = -1 if start is None or not body.get("return_logprob") else start
+    start = body["logprob_start_len"]
+    start = -1 if start is None or not body["return_logprob"] else start
     if type(start) is not int or not -1 <= start < len(ids):
         raise ValueError(f"logprob_start_len must lie in [-1, {len(ids)}), not {start}")
-    seed, num = values["sampling_seed"], values["n"]
+    name, adapters = body["lora_path"], engine.model.adapters
+    if name and name not in adapters:
+        raise ValueError(f"Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: {list(adapters)}.")
+    seed, num, rid = values["sampling_seed"], values["n"], body["rid"]
     stop_ids = frozenset() if values["ignore_eos"] else engine.eos_ids | frozenset(values["stop_token_ids"] or ())
     return [
         Request(
@@ -91,6 +108,9 @@ def _parse_one(ids: Any, sampling: Any, rid: Any, body: Mapping[str, Any], engin
             seed=secrets.randbits(63) if seed is None else seed + i,
             stop_ids=stop_ids,
             logprob_start=start,
+            adapter=adapters[name] if name else None,
+            return_logprob=bool(body["return_logprob"]),
+            is_streamed=is_streamed,
         )
         for i in range(num)
     ]
@@ -142,28 +162,31 @@ def _is_id_list(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(type(i) is int for i in value))
 
 
-def render(request: Request, engine: EmbeddedEngine, return_logprob: bool) -> dict[str, Any]:
-    """Return SGLang's answer for a finished request."""
+def render(request: Request, engine: EmbeddedEngine) -> dict[str, Any]:
+    """Return SGLang's answer: for a finished request, or for what a streamed one has so far."""
     reason = request.finish_reason
-    assert reason is not None, "an unfinished request has no answer"
-    shown = request.token_ids[:-1] if reason["type"] == "stop" else request.token_ids
+    is_stopped = reason is not None and reason["type"] == "stop"
+    spans = request.version_spans or [{"version": engine.weight_version, "start": 0, "end": 0}]
     meta: dict[str, Any] = {
         "id": request.rid,
         "finish_reason": reason,
         "prompt_tokens": len(request.prompt_ids),
         "completion_tokens": len(request.token_ids),
         "cached_tokens": 0,
-        "weight_version": engine.weight_version,
-        "weight_versions": request.version_spans,
+        "weight_version": spans[-1]["version"],
         "num_retractions": request.num_retractions,
     }
-    if return_logprob:
+    if reason is not None:
+        meta["weight_versions"] = spans
+    if request.return_logprob:
         meta["input_token_logprobs"] = _pairs(request.input_logprobs, request.prompt_ids[request.logprob_start :])
         meta["output_token_logprobs"] = _pairs(request.logprobs, request.token_ids)
         meta["output_token_logprobs_length"] = len(request.token_ids)
     return {
-        "text": engine.tokenizer.decode(shown, skip_special_tokens=True),
-        "output_ids": request.token_ids,
+        "text": engine.tokenizer.decode(
+            request.token_ids[:-1] if is_stopped else request.token_ids, skip_special_tokens=True
+        ),
+        "output_ids": list(request.token_ids),
         "meta_info": meta,
     }
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from megatron_trd.rollout.embedded_sampling import RowSettings, sample
+from megatron_trd.rollout.embedded.lora import Adapter, LoraModel
+from megatron_trd.rollout.embedded.sampling import RowSettings, sample
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -28,6 +29,10 @@ class Request:
     stop_ids: frozenset[int]
     logprob_start: int = -1
     """First prompt position to score; -1 = none."""
+    adapter: Adapter | None = None
+    return_logprob: bool = False
+    is_streamed: bool = False
+    """Whether every token is reported, not only the end."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     input_logprobs: list[float | None] = field(default_factory=list)
@@ -62,14 +67,14 @@ class Request:
 class Batch:
     """Rows of one left-padded KV cache: B rows, L columns, one decoded token per row and step."""
 
-    def __init__(self, model: PreTrainedModel, requests: Sequence[Request], version: str) -> None:
+    def __init__(self, model: LoraModel, requests: Sequence[Request], version: str) -> None:
         """Prefill the requests together and sample their first tokens."""
         self.model = model
         self.requests = list(requests)
         self.cache = DynamicCache()
         self.last_ids: Tensor
         self.settings = RowSettings.collect(
-            [(r.temperature, r.top_p, r.top_k, r.seed) for r in requests], model.config.vocab_size
+            [(r.temperature, r.top_p, r.top_k, r.seed) for r in requests], model.base.config.vocab_size
         )
         rows = [r.all_ids for r in requests]
         width = max(map(len, rows))
@@ -121,6 +126,7 @@ class Batch:
 
     def _forward(self, ids: Tensor, positions: Tensor, logits_to_keep: int) -> Tensor:
         return self.model(
+            [r.adapter for r in self.requests],
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=positions,
@@ -130,7 +136,8 @@ class Batch:
         ).logits.float()
 
     def _sample(self, logits_BV: Tensor, version: str) -> None:
-        self.last_ids, logprobs = sample(logits_BV, self.settings, [len(r.token_ids) for r in self.requests])
+        # Draws depend on the place in the whole sequence: a response goes on alike as the rest of a longer prompt.
+        self.last_ids, logprobs = sample(logits_BV, self.settings, [len(r.all_ids) for r in self.requests])
         for request, token_id, logprob in zip(self.requests, self.last_ids.tolist(), logprobs.tolist(), strict=True):
             if request.finish_reason is None:
                 request.append(token_id, logprob, version)
