@@ -47,7 +47,7 @@ class WeightServer(Protocol):
         ...
 
     async def update_weights_from_tensor(self, payloads: Sequence[str], timeout_s: float) -> None:
-        """Load tensors, one base64 payload for each of its ranks. Inside a session."""
+        """Load one flattened bucket, a base64 payload for each of its ranks. Inside a session."""
         ...
 
     async def join_update_group(
@@ -146,4 +146,8 @@ class WeightSync(Protocol):
         Raises:
             ServerError: no server holds `version` now.
         """
+        ...
+
+    async def close(self) -> None:
+        """Let go of what is held between two publications."""
         ...

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_trd.weight_sync.base import SyncReport, WeightServers
-from megatron_trd.weight_sync.session import WeightUpdate
+from megatron_trd.weight_sync.session import WeightUpdate, exhausting
 
 MAX_SHARD_BYTES = 2 << 30
 _INDEX = "model.safetensors.index.json"
@@ -61,9 +61,10 @@ class DiskWeightSync:
             only=only,
         )
         destination = self.directory / version
-        update.num_bytes = write_hf_directory(
-            weights, destination, self.template_dir, max_shard_bytes=self.max_shard_bytes
-        )
+        with exhausting(weights) as export:
+            update.num_bytes = write_hf_directory(
+                export, destination, self.template_dir, max_shard_bytes=self.max_shard_bytes
+            )
         async with update:
             await update.each(
                 lambda server: server.update_weights_from_disk(str(destination), version, update.left_s())
@@ -71,6 +72,9 @@ class DiskWeightSync:
         report = update.report()
         self._prune(destination)
         return report
+
+    async def close(self) -> None:
+        """Nothing is held."""
 
     def _prune(self, newest: Path) -> None:
         versions = sorted(

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_trd.rollout.embedded_server import ServerProcess
 from megatron_trd.rollout.engine import SamplingParams
 from megatron_trd.rollout.server_client import ServerState
+from megatron_trd.rollout.server_process import ServerProcess
 from megatron_trd.rollout.sglang import SGLangFleet
 from megatron_trd.weight_sync.base import ServerError
 from megatron_trd.weight_sync.disk import DiskWeightSync, write_hf_directory
