@@ -31,6 +31,7 @@ setup(
         "jinja2",  # chat templates
         "pyyaml",
         "tensorboard",
+        "math-verify[antlr4_13_2]",
         "psutil",  # Megatron's checkpoint writer hangs without it and does not ask for it
     ],
 )
