@@ -28,7 +28,7 @@ from megatron_trd.weight_sync.base import ServerError
 async def run(config: Config, task: Task) -> dict[str, Any]:
     """Evaluate; return `EvalResult.as_dict` with what was evaluated."""
     tokenizer = load_tokenizer(config.model.hf_checkpoint, "hf-checkpoint")
-    async with SGLangFleet.from_config(config.rollout.student_urls, config.rollout) as fleet:
+    async with SGLangFleet.from_config(config, "student", tokenizer) as fleet:
         name = await fleet.model_name()
         result = await evaluate(
             fleet,

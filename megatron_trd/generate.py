@@ -19,6 +19,7 @@ from megatron_trd.config.schema import Config
 from megatron_trd.log import configure, get_logger
 from megatron_trd.records import Problem
 from megatron_trd.rollout.refine import RolloutRunner, sampling_params
+from megatron_trd.rollout.remembered import RememberingEngine
 from megatron_trd.rollout.renderer import Renderer
 from megatron_trd.rollout.sglang import SGLangFleet
 from megatron_trd.rollout.trajectory_file import TrajectoryWriter
@@ -34,26 +35,28 @@ PROGRESS_EVERY = 100
 async def generate(config: Config, task: Task, output: str | Path, num_problems: int) -> int:
     """Write the trajectories of the first `num_problems` training problems; return how many were missing.
 
-    A trajectory whose y_o failed is not written: the next run tries it again.
+    A trajectory whose y_o failed is not written: the next run tries it again. Until all is done, each y_o is kept in
+    `<output>.y_o.jsonl`: a run that was killed before a y_r ended does not sample its y_o again.
     """
     tokenizer = load_tokenizer(config.model.hf_checkpoint, "hf-checkpoint")
     renderer = Renderer.from_config(config, task, tokenizer)
     sampling = sampling_params(config.rollout, tokenizer)
     num_written = num_failed = 0
     async with AsyncExitStack() as stack:
-        student = await stack.enter_async_context(SGLangFleet.from_config(config.rollout.student_urls, config.rollout))
+        student = await stack.enter_async_context(SGLangFleet.from_config(config, "student", tokenizer))
         refiner: SGLangFleet | None = None
         if config.rollout.teacher_urls:
-            refiner = await stack.enter_async_context(
-                SGLangFleet.from_config(config.rollout.teacher_urls, config.rollout)
-            )
+            refiner = await stack.enter_async_context(SGLangFleet.from_config(config, "teacher", tokenizer))
         elif config.method.trajectory == "y_r":
             refiner = student
         fingerprint = await fingerprint_of(config, renderer, student, refiner)
-        with TrajectoryWriter(output, fingerprint) as writer:
+        with (
+            TrajectoryWriter(output, fingerprint) as writer,
+            RememberingEngine(student, f"{output}.y_o.jsonl", fingerprint) as stage_one,
+        ):
             problems = list(missing_problems(task, num_problems, writer.done_ids))
             logger.info("%s: %d trajectories are there, %d to make", output, len(writer.done_ids), len(problems))
-            runner = RolloutRunner(student, refiner, renderer, task, sampling, config.data.seed)
+            runner = RolloutRunner(stage_one, refiner, renderer, task, sampling, config.data.seed)
             async for trajectory in runner.stream(problems, iteration=0):
                 if trajectory.y_o.finish_reason == "abort":
                     num_failed += 1

@@ -83,7 +83,7 @@ _CONSOLE = (
     ("rollout/y_r_pass", "y_r pass", ".1%"),
     ("train/grad_norm", "grad norm", ".3f"),
     ("train/lr", "learning rate", ".3E"),
-    ("weights/served_logprob_gap", "served log-prob gap", ".1E"),
+    ("weights/logprob_gap_max", "log-prob gap", ".1E"),
 )
 
 
@@ -143,6 +143,12 @@ def console_line(iteration: int, num_iterations: int | None, metrics: Mapping[st
 
 def _is_score(tag: str) -> bool:
     return tag.startswith("eval/") and tag.rsplit("/", 1)[-1].startswith(("avg@", "pass@")) and "interval" not in tag
+
+
+def read_metrics(run_dir: str | Path, tag: str) -> list[float]:
+    """Return what a metric was in each iteration that has it. Raises ValueError naming file and line."""
+    lines = (json.loads(line) for _, line in _lines_of(Path(run_dir) / "metrics.jsonl"))
+    return [metrics[tag] for metrics in lines if tag in metrics]
 
 
 def _lines_of(path: Path) -> Iterator[tuple[int, str]]:

@@ -25,8 +25,19 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Tokens of a response that one version of the weights sampled."""
+
+    version: str
+    start: int
+    """First token."""
+    end: int
+    """One behind the last token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One sampled response, exactly as the server returned it."""
+    """One sampled response: what the server returned, or what several did that went on where the other broke off."""
 
     token_ids: tuple[int, ...]
     """The sampled ids, with the end-of-turn token when it was sampled. Never re-tokenised."""
@@ -36,10 +47,15 @@ class Completion:
     """`stop`: the end-of-turn token was sampled; `length`: budget spent; `abort`: failed or cut off."""
     logprobs: tuple[float, ...] = ()
     """Log-probability of each id at the sampling temperature, before top-k/top-p. Empty if not asked."""
-    weight_versions: tuple[str, ...] = ()
-    """Weight versions that produced it, in order; more than one if the weights changed on the way."""
+    weight_spans: tuple[VersionSpan, ...] = ()
+    """Which weights sampled which tokens, in order; more than one span if the weights changed on the way."""
     error: str | None = None
     """Why an `abort` happened."""
+
+    @property
+    def weight_versions(self) -> tuple[str, ...]:
+        """Weight versions that produced it, in order, each once."""
+        return tuple(dict.fromkeys(span.version for span in self.weight_spans))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

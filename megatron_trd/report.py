@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_trd.config.schema import Config
+from megatron_trd.metrics import read_metrics
 from megatron_trd.rollout.evaluation import paired_difference
 
 OUTCOMES = ("pass_pass", "pass_fail", "fail_pass", "fail_fail")
@@ -42,10 +43,21 @@ def summarize_run(
         "epistemic_mass": {
             which: first[tag] for which in ("y_o", "y_r") if (tag := f"audit/{which}/epistemic_mass") in first
         },
+        "staleness": _staleness(config) if config.rollout.rollout_staleness else None,
+        "logprob_gap": max(read_metrics(config.checkpoint.run_dir, "weights/logprob_gap_max"), default=None),
         "seconds": {stage: round(spent, 2) for stage, spent in seconds.items()},
         "tensorboard": str(Path(config.checkpoint.run_dir) / "tensorboard"),
     }
     return {key: value for key, value in summary.items() if value not in (None, {})}
+
+
+def _staleness(config: Config) -> dict[str, float]:
+    """Return how far the sampling weights were behind the trained ones, in iterations, over the whole run."""
+    mean, largest, redone = (
+        read_metrics(config.checkpoint.run_dir, f"rollout/{tag}")
+        for tag in ("staleness_mean", "staleness_max", "redone_stale")
+    )
+    return {"mean": sum(mean) / len(mean), "max": max(largest), "redone": sum(redone)} if mean else {}
 
 
 def closing_table(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -69,6 +81,11 @@ def closing_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     for which in ("y_o", "y_r"):
         masses = [s.get("epistemic_mass", {}).get(which) for s in summaries]
         row(f"epistemic mass on {which}", [None if m is None else f"{1000 * m:.2f} per mille" for m in masses])
+    ages = [s.get("staleness", {}) for s in summaries]
+    row("staleness in iterations", [f"{age['mean']:.2f}, at most {age['max']:.0f}" if age else None for age in ages])
+    row("completions redone, too stale", [f"{age['redone']:.0f}" if age else None for age in ages])
+    gaps = [s.get("logprob_gap") for s in summaries]
+    row("largest log-prob gap, trainer to servers", [None if gap is None else f"{gap:.1E} nats" for gap in gaps])
     for stage in dict.fromkeys(stage for s in summaries for stage in s.get("seconds", {})):
         row(f"seconds: {stage}", [_text(s.get("seconds", {}).get(stage)) for s in summaries])
     row("TensorBoard", [s.get("tensorboard") for s in summaries])

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.broadcast import run_on_rank_zero
-from megatron_trd.data.packing import StepBatch, pack, pack_in_order, stream_lengths
+from megatron_trd.data.packing import Multiples, StepBatch, pack, pack_in_order, stream_lengths
 from megatron_trd.log import get_logger
 from megatron_trd.mcore import checkpoint
 from megatron_trd.mcore.groups import Groups
@@ -30,8 +30,10 @@ from megatron_trd.mcore.student import Student
 from megatron_trd.mcore.teacher import Teacher
 from megatron_trd.metrics import MetricSums, Reporter, StageClock
 from megatron_trd.objectives.diagnostics import NAMES, Sums, with_perplexities
+from megatron_trd.objectives.drift import ALARM_NATS, watch_drift
 from megatron_trd.records import Sample, Trajectory
-from megatron_trd.rollout.refine import summarize, to_sample
+from megatron_trd.rollout.refine import RolloutBatch, to_sample
+from megatron_trd.rollout.staleness import weight_version
 
 logger = get_logger(__name__)
 
@@ -39,12 +41,12 @@ logger = get_logger(__name__)
 class World(Protocol):
     """What rank 0 sees outside the trainer: trajectories come in, weights go out."""
 
-    def trajectories(self, iteration: int, cursor: int) -> list[Trajectory]:
-        """Return one rollout batch, from problem `cursor` on."""
+    def rollout(self, iteration: int, cursor: int) -> RolloutBatch:
+        """Return the batch of an iteration, from problem `cursor` on."""
         ...
 
-    def stage_seconds(self) -> dict[str, float]:
-        """Return the wall-clock of the last batch's stages; empty when nothing was sampled."""
+    def rest(self) -> None:
+        """Have servers on the trainer's GPUs give their memory back until the next publication."""
         ...
 
     def publish(
@@ -104,7 +106,7 @@ class Progress:
     @property
     def weight_version(self) -> str:
         """Version the servers know these weights by."""
-        return f"iter_{self.iteration:07d}"
+        return weight_version(self.iteration)
 
 
 class Trainer:
@@ -164,12 +166,12 @@ class Trainer:
 
         def prepare() -> Handout:
             assert self.world is not None  # rank 0
-            trajectories = self.world.trajectories(self.progress.iteration, self.progress.cursor)
-            metrics.update(summarize(trajectories))
-            for stage, seconds in self.world.stage_seconds().items():
+            batch = self.world.rollout(self.progress.iteration, self.progress.cursor)
+            self.world.rest()
+            metrics.update(batch.metrics())
+            for stage, seconds in batch.stage_seconds.items():
                 self.clock.note(f"rollout, {stage}", seconds)
-                metrics[f"rollout/{stage}_s"] = seconds
-            return self._pack(trajectories, self._samples(trajectories, metrics))
+            return self._pack(batch.trajectories, self._samples(batch.trajectories, metrics))
 
         with self.clock("rollout"):
             handout = run_on_rank_zero(prepare, self.handout_group)
@@ -178,6 +180,7 @@ class Trainer:
                 metrics |= self._diagnose(handout)
         with self.clock("train"):
             metrics |= self._train(handout)
+        logger.info("iteration %d is trained", self.progress.iteration + 1)
         self.progress.iteration += 1
         self.progress.cursor += self.config.data.rollout_batch_size
         self.progress.consumed_samples += handout.num_samples
@@ -216,7 +219,7 @@ class Trainer:
                 num_steps=num_steps,
                 dp_size=self.groups.dp_size,
                 max_tokens=data.max_tokens_per_micro_batch,
-                length_multiple=self._length_multiple,
+                multiples=Multiples.of(self.config.parallel),
                 normalization=self.config.objective.loss_normalization,
             )
 
@@ -266,12 +269,12 @@ class Trainer:
         return metrics
 
     def _reduce(self, sums: Sequence[Sums]) -> dict[str, float]:
-        """Divide once: one reduction over the data-parallel ranks for all names."""
+        """Divide once, after one reduction over all ranks; equal ones count alike above and below the line."""
         total = MetricSums(NAMES, device=self.groups.device)
         for part in sums:
             for name, (numerator, denominator) in part.items():
                 total.add(name, numerator, denominator)
-        return with_perplexities(total.reduce(self.groups.dp))
+        return with_perplexities(total.reduce())
 
     # ------------------------------------------------------------------ the student's servers (all ranks export)
 
@@ -279,6 +282,9 @@ class Trainer:
         """Export collectively, send from rank 0, and check that trainer and servers hold the same model."""
         if not self.config.rollout.student_urls:
             return {}
+        if self.config.rollout.colocate and self.groups.device.type == "cuda":
+            torch.cuda.empty_cache()  # for the servers, which take their memory again
+            dist.barrier(self.handout_group)
         metrics: dict[str, float] = {}
         only: frozenset[str] | None = None
         for _ in range(1 + self.config.weight_sync.weight_sync_retries):
@@ -306,13 +312,11 @@ class Trainer:
         probe = run_on_rank_zero(lambda: self.world.probe() if self.world else [], self.handout_group)
         if not probe:
             return {}
-        batch = pack_in_order([sample for sample, _ in probe], self._length_multiple)
+        batch = pack_in_order([sample for sample, _ in probe], Multiples.of(self.config.parallel))
         ours = self.student.response_logprobs(batch, self.config.rollout.rollout_temperature or 1.0)
         served = torch.tensor([logprob for _, logprobs in probe for logprob in logprobs], dtype=torch.float64)
-        gap = (ours.double().cpu() - served).abs().max().item()
-        if gap > (0.5 if self.config.model.bf16 else 1e-3):
-            logger.warning("trainer and server disagree on log-probabilities of the same tokens by %.2g nats", gap)
-        return {"weights/served_logprob_gap": gap}
+        alarm = self.config.rollout.drift_alarm_nats or ALARM_NATS["bf16" if self.config.model.bf16 else "fp32"]
+        return watch_drift(ours, served, alarm)
 
     def _evaluate(self) -> dict[str, Any] | None:
         with self.clock("evaluate"):
@@ -322,11 +326,6 @@ class Trainer:
         if self.reporter:
             times = {f"time/{stage}_s": seconds for stage, seconds in self.clock.lap().items()}
             self.reporter.report(self.progress.iteration, self.progress.step, metrics | times)
-
-    @property
-    def _length_multiple(self) -> int:
-        parallel = self.config.parallel
-        return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.progress.iteration % interval == 0

@@ -79,9 +79,12 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split activations between matrix products along the sequence over the tensor-parallel ranks."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages. Only 1 is supported so far."""
+    """Pipeline stages: ranks that share the layers. Must divide the layers of student and teacher."""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Chunks of the student's layers that each pipeline rank holds; more than 1 = the interleaved schedule, which
+    waits less."""
     context_parallel_size: int = 1
-    """Ranks that share each sequence in attention. Only 1 is supported so far."""
+    """Ranks that share each sequence."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -94,23 +97,18 @@ class ParallelConfig:
     """How long the other ranks wait for rank 0's rollouts of one iteration."""
 
     def __post_init__(self) -> None:
+        for flag, value in (
+            ("tensor-model-parallel-size", self.tensor_model_parallel_size),
+            ("pipeline-model-parallel-size", self.pipeline_model_parallel_size),
+            ("num-virtual-stages-per-pipeline-rank", self.num_virtual_stages_per_pipeline_rank),
+            ("context-parallel-size", self.context_parallel_size),
+        ):
+            _require(value >= 1, flag, value, "give a positive integer")
         _require(
-            self.tensor_model_parallel_size >= 1,
-            "tensor-model-parallel-size",
-            self.tensor_model_parallel_size,
-            "give a positive integer",
-        )
-        _require(
-            self.pipeline_model_parallel_size == 1,
-            "pipeline-model-parallel-size",
-            self.pipeline_model_parallel_size,
-            "pipeline parallelism is not supported yet; use 1",
-        )
-        _require(
-            self.context_parallel_size == 1,
-            "context-parallel-size",
-            self.context_parallel_size,
-            "context parallelism is not supported yet; use 1",
+            self.num_virtual_stages_per_pipeline_rank == 1 or self.pipeline_model_parallel_size > 1,
+            "num-virtual-stages-per-pipeline-rank",
+            self.num_virtual_stages_per_pipeline_rank,
+            "needs --pipeline-model-parallel-size > 1",
         )
         _require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
@@ -124,6 +122,11 @@ class ParallelConfig:
             self.overlap_param_gather,
             "needs --use-distributed-optimizer and --overlap-grad-reduce",
         )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that work on the same micro-batch."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +286,10 @@ class RolloutConfig:
     """Base URLs of the servers that write y_r: the OPD teacher, or the initial weights in OPSD. They are never
     resynced.
     Unset in OPSD with `--opsd-teacher current`: the student's servers."""
+    student_router_url: str | None = None
+    """SGLang's router in front of the student's servers: requests go to it, weights to each of `--student-urls`."""
+    teacher_router_url: str | None = None
+    """SGLang's router in front of the servers of `--teacher-urls`."""
     rollout_temperature: float = 0.6
     """Sampling temperature of both stages and of evaluation."""
     rollout_top_p: float = 0.95
@@ -298,11 +305,12 @@ class RolloutConfig:
     thinking: bool = False
     """Ask the chat template for a reasoning block (templates without the switch ignore it)."""
     request_timeout_s: float = 3600.0
-    """Deadline of one generation request, in seconds."""
+    """Deadline of one try of a generation request, in seconds; all its tries have (retries + 1) times as much."""
     server_timeout_s: float = 60.0
     """How long to wait at the start for every server to answer, in seconds."""
     request_retries: int = 3
-    """Tries on another server after a failed request before the completion counts as failed."""
+    """Tries on another server after a failed request before the completion counts as failed. Waiting for a full server
+    and going on from tokens that are there cost none."""
     max_concurrent_requests: int = 512
     """Requests in flight per server group."""
     hedge_after_s: float | None = None
@@ -343,6 +351,16 @@ class RolloutConfig:
         for url in (*self.student_urls, *self.teacher_urls):
             _require(
                 url.startswith(("http://", "https://")), "student-urls/--teacher-urls", url, "start it with http://"
+            )
+        for role, router, urls in (
+            ("student", self.student_router_url, self.student_urls),
+            ("teacher", self.teacher_router_url, self.teacher_urls),
+        ):
+            _require(
+                router is None or (router.startswith(("http://", "https://")) and bool(urls)),
+                f"{role}-router-url",
+                router,
+                f"start it with http://, and name the servers behind it as --{role}-urls",
             )
 
 
@@ -473,6 +491,12 @@ class Config:
             "weight-sync",
             "adapter",
             "there is no adapter without --lora-rank; use disk, distributed or tensor",
+        )
+        _require(
+            online or self.rollout.rollout_staleness == 0,
+            "rollout-staleness",
+            self.rollout.rollout_staleness,
+            "nothing is rolled out with --trajectories; leave it out",
         )
         _require(
             not (self.rollout.colocate and self.rollout.rollout_staleness),

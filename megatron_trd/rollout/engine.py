@@ -18,6 +18,9 @@ class SamplingParams:
     top_p: float = 0.95
     top_k: int = 20
     stop_token_ids: tuple[int, ...] = ()
+    """End the response and are part of it. Name all of the model's: a response that broke off behind one has ended."""
+    ignore_eos: bool = False
+    """Always sample `max_new_tokens`, for benchmarks and tests."""
     sampling_seed: int | None = None
     """Makes a completion reproducible where the server supports it."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +15,13 @@ from megatron_trd.config.schema import MethodConfig, RolloutConfig
 from megatron_trd.records import Completion, Problem, Sample, Trajectory
 from megatron_trd.rollout.engine import RolloutEngine, SamplingParams
 from megatron_trd.rollout.renderer import Renderer
+from megatron_trd.rollout.staleness import behind, staleness_metrics
 from megatron_trd.tasks.base import Task
 
 MAX_OPEN_PROBLEMS = 2048
 """Problems between their first request and their trajectory."""
+MAX_REDONE = 3
+"""Times that a completion is sampled again because its weights were too old."""
 
 
 def sampling_params(rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
@@ -37,6 +40,22 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=6).digest(), "big")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """What one iteration trains on, and how it came about."""
+
+    trajectories: list[Trajectory]
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall-clock until the last y_o ended (`y_o`), and from there to the end (`y_r`); empty if nothing was sampled."""
+    age: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of how old the sampling weights were."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return everything as metric tags."""
+        seconds = {f"rollout/{stage}_s": spent for stage, spent in self.stage_seconds.items()}
+        return summarize(self.trajectories) | seconds | dict(self.age)
+
+
 class RolloutRunner:
     """Samples y_o, asks for y_r the moment its own y_o ends, and grades both off the event loop."""
 
@@ -50,27 +69,32 @@ class RolloutRunner:
         seed: int,
         *,
         executor: Executor | None = None,
+        max_staleness: int | None = None,
     ) -> None:
         """Assemble the runner.
 
         Args:
             refiner: writes y_r; None for methods that train on y_o.
             executor: where verifiers run; None = the event loop's threads.
+            max_staleness: iterations that the oldest token of the student may be behind the iteration it is for; an
+                older completion is sampled again. None: as the engine gives it.
         """
         self.student, self.refiner, self.renderer, self.task = student, refiner, renderer, task
         self.sampling, self.seed, self.executor = sampling, seed, executor
-        self.stage_seconds: dict[str, float] = {}
-        """Wall-clock of the last `run`: until its last y_o ended, and from there to its end."""
+        self.max_staleness, self.num_redone = max_staleness, 0
         self._last_y_o_at = 0.0
 
-    async def run(self, problems: Sequence[Problem], iteration: int) -> list[Trajectory]:
-        """Return the trajectories of all problems, in their order."""
-        start = time.perf_counter()
+    async def run(self, problems: Sequence[Problem], iteration: int) -> RolloutBatch:
+        """Return the trajectories of all problems, in their order. One call at a time."""
+        start, redone_before = time.perf_counter(), self.num_redone
         done = {t.problem.id: t async for t in self.stream(problems, iteration)}
-        self.stage_seconds = {"y_o": self._last_y_o_at - start}
+        seconds = {"y_o": self._last_y_o_at - start}
         if self.refiner is not None:
-            self.stage_seconds["y_r"] = time.perf_counter() - self._last_y_o_at
-        return [done[problem.id] for problem in problems]
+            seconds["y_r"] = time.perf_counter() - self._last_y_o_at
+        age = staleness_metrics(done.values(), iteration, student_refines=self.refiner is self.student)
+        if self.max_staleness is not None:
+            age["rollout/redone_stale"] = float(self.num_redone - redone_before)
+        return RolloutBatch(trajectories=[done[p.id] for p in problems], stage_seconds=seconds, age=age)
 
     async def stream(self, problems: Iterable[Problem], iteration: int) -> AsyncIterator[Trajectory]:
         """Yield each trajectory when it is done; problems are drawn as there is room for them."""
@@ -101,7 +125,7 @@ class RolloutRunner:
     async def rollout(self, problem: Problem, iteration: int) -> Trajectory:
         """Take one problem through both stages."""
         solve_ids, vanilla_ids = self.renderer.solve(problem), self.renderer.vanilla(problem)
-        y_o = await self.student.generate(solve_ids, self._seeded(problem, iteration, "y_o"))
+        y_o = await self._sample(self.student, solve_ids, problem, iteration, "y_o")
         self._last_y_o_at = time.perf_counter()
         if self.refiner is None or y_o.finish_reason == "abort":
             return Trajectory(
@@ -113,7 +137,7 @@ class RolloutRunner:
             )
         refine_ids, num_cut = self.renderer.refine(problem, y_o.text)
         y_o_correct, y_r = await asyncio.gather(
-            self._grade(problem, y_o), self.refiner.generate(refine_ids, self._seeded(problem, iteration, "y_r"))
+            self._grade(problem, y_o), self._sample(self.refiner, refine_ids, problem, iteration, "y_r")
         )
         return Trajectory(
             problem=problem,
@@ -127,8 +151,29 @@ class RolloutRunner:
             refine_cut_tokens=num_cut,
         )
 
-    def _seeded(self, problem: Problem, iteration: int, stage: str) -> SamplingParams:
-        return replace(self.sampling, sampling_seed=stable_seed(self.seed, iteration, problem.id, stage))
+    async def _sample(
+        self, engine: RolloutEngine, prompt_ids: Sequence[int], problem: Problem, iteration: int, stage: str
+    ) -> Completion:
+        """Sample; from the student again while a token is older than allowed, until the last try fails."""
+        params = replace(self.sampling, sampling_seed=stable_seed(self.seed, iteration, problem.id, stage))
+        for _ in range(MAX_REDONE + 1):
+            completion = await engine.generate(prompt_ids, params)
+            if engine is not self.student or self._is_fresh(completion, iteration):
+                return completion
+            self.num_redone += 1
+        return replace(
+            completion,
+            finish_reason="abort",
+            error=f"--rollout-staleness {self.max_staleness}: sampled {MAX_REDONE + 1} times for iteration {iteration}"
+            f", at last with weights {', '.join(completion.weight_versions) or 'unknown'}; see that the servers take "
+            "the weights they are sent",
+        )
+
+    def _is_fresh(self, completion: Completion, iteration: int) -> bool:
+        if self.max_staleness is None or completion.finish_reason == "abort":
+            return True
+        age = behind([completion], iteration)
+        return age is not None and age <= self.max_staleness
 
     async def _grade(self, problem: Problem, completion: Completion) -> bool | None:
         if completion.finish_reason == "abort":

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 import aiohttp
 
+from megatron_trd.log import get_logger
 from megatron_trd.weight_sync.base import ServerError
+
+logger = get_logger(__name__)
 
 CONTROL_TIMEOUT_S = 30.0
 PROBE_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 30.0
+FLUSH_GAP_S = 0.05
+_AS_BUCKET: dict[str, Any] = {"load_format": "flattened_bucket", "flush_cache": False}  # flushed when brought to rest
 FIRST_WITH_SESSIONS = (0, 5, 21)
 """SGLang takes tensors only between /begin_weight_update and /end_weight_update since this version."""
 
@@ -61,15 +68,29 @@ class Server:
         return f"{self.url} is {self.state.value}" + (f" ({self.trouble})" if self.trouble else "")
 
     async def read_info(self) -> None:
-        """Ask whether it is healthy, what it serves and within which limits."""
-        await self.get("/health", PROBE_TIMEOUT_S)
+        """Ask what it serves and within which limits; a paused server answers, too."""
         info = await self.model_info(PROBE_TIMEOUT_S)
         settings = await self.get("/server_info", PROBE_TIMEOUT_S)
         self.weight_version = str(info["weight_version"])
         self.vocab_size = info.get("vocab_size")
-        self.context_length = settings.get("context_length")
+        self.context_length = settings.get("context_length") or await self._served_length()
         self.tp_size = settings.get("tp_size", 1)
-        self.version = str(settings.get("version"))
+        if self.version != (version := str(settings.get("version"))):
+            self.version = version
+            sessions = "weight-update sessions" if self.has_sessions else "no weight-update sessions"
+            logger.info("%s runs version %s (%s), tensor-parallel size %d", self.url, version, sessions, self.tp_size)
+
+    async def _served_length(self) -> int | None:
+        """Return the context length from where SGLang tells it if no flag set it; None if it does not."""
+        try:
+            models = await self.get("/v1/models", PROBE_TIMEOUT_S)
+        except RefusedError:
+            return None
+        return (models.get("data") or [{}])[0].get("max_model_len")
+
+    async def check_health(self) -> None:
+        """Have it generate a token. A paused SGLang server fails at that, after 20 s."""
+        await self.get("/health", HEALTH_TIMEOUT_S)
 
     @property
     def has_sessions(self) -> bool:
@@ -94,8 +115,18 @@ class Server:
         await self.post("/continue_generation", {}, timeout_s)
 
     async def flush(self, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
-        """Drop all cached keys and values; it may wait for running requests for most of the deadline."""
-        await self.post(f"/flush_cache?timeout={0.9 * timeout_s:.3f}", {}, timeout_s)
+        """Drop all cached keys and values; asks again while requests are still on their way out.
+
+        The server's own patience (`?timeout=`) is of no use: it waits for retracted requests too, which stay.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return await self.post("/flush_cache", {}, max(0.1, deadline - time.monotonic()))
+            except RefusedError:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(FLUSH_GAP_S)
 
     async def begin_weight_update(self, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
         """Open a weight-update session; one that an earlier failure left open is closed first."""
@@ -120,8 +151,9 @@ class Server:
         await self.post("/update_weights_from_disk", {"model_path": path, "weight_version": version}, timeout_s)
 
     async def update_weights_from_tensor(self, payloads: Sequence[str], timeout_s: float) -> None:
-        """Load tensors, one base64 pickle of [(name, tensor)] for each tensor-parallel rank."""
-        await self.post("/update_weights_from_tensor", {"serialized_named_tensors": list(payloads)}, timeout_s)
+        """Load one flattened bucket, a base64 pickle for each tensor-parallel rank."""
+        body = _AS_BUCKET | {"serialized_named_tensors": list(payloads)}
+        await self.post("/update_weights_from_tensor", body, timeout_s)
 
     async def join_update_group(
         self, name: str, backend: str, address: str, port: int, first_rank: int, world_size: int, timeout_s: float
@@ -140,7 +172,7 @@ class Server:
     ) -> None:
         """Receive all of `names` as one tensor of bytes, broadcast by rank 0 of the group."""
         body = {"group_name": group, "names": list(names), "dtypes": list(dtypes), "shapes": list(map(list, shapes))}
-        await self.post("/update_weights_from_distributed", body | {"load_format": "flattened_bucket"}, timeout_s)
+        await self.post("/update_weights_from_distributed", _AS_BUCKET | body, timeout_s)
 
     async def load_adapter(
         self, name: str, config: Mapping[str, Any], payloads: Sequence[str], timeout_s: float
@@ -180,6 +212,10 @@ class Server:
         """Return the JSON of an answer, or None if it is not JSON. Raises ServerError."""
         return await self._request("POST", path, body, timeout_s)
 
+    async def delete(self, path: str, timeout_s: float) -> Any:
+        """Return the JSON of an answer, or None if it is not JSON. Raises ServerError."""
+        return await self._request("DELETE", path, None, timeout_s)
+
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
         where = f"{method} {self.url}{path.partition('?')[0]}"
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -198,3 +234,5 @@ class Server:
             raise LostError(f"{where}: no answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise LostError(f"{where}: {error or type(error).__name__}") from error
+        except ValueError as error:
+            raise ServerError(f"{where}: its answer is not JSON: {error}") from error

@@ -1,42 +1,45 @@
 """One asyncio client for a fleet of servers that speak SGLang's HTTP API and hold the same model.
 
-Only READY servers get requests. The others are probed in passing and come back only with the expected weights.
-The one place with retries.
+The one place with retries. A response is never sampled twice as long as its tokens are there: what a server broke off
+goes on at another one, whatever weights that holds, and `Completion.weight_spans` tells which token came from which.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+import json
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
 
-import aiohttp
+from transformers import PreTrainedTokenizerBase
 
-from megatron_trd.config.schema import RolloutConfig
+from megatron_trd.config.schema import Config
 from megatron_trd.log import get_logger
 from megatron_trd.records import Completion
 from megatron_trd.rollout.engine import SamplingParams
-from megatron_trd.rollout.server_client import PROBE_TIMEOUT_S, LostError, RefusedError, Server, ServerState
+from megatron_trd.rollout.generate_wire import (
+    NOTHING,
+    Answer,
+    Decode,
+    joined,
+    read_answer,
+    require_fit,
+    sampling_body,
+    scoring_body,
+)
+from megatron_trd.rollout.server_client import PROBE_TIMEOUT_S, LostError, RefusedError, Server
+from megatron_trd.rollout.server_pool import ServerPool
+from megatron_trd.rollout.tries import Tries
 from megatron_trd.weight_sync.base import ServerError
 
 logger = get_logger(__name__)
 
-MAX_BACKOFF_S = 10.0
-MAX_PROBE_GAP_S = 30.0
 
-
-class GaveUpError(ServerError):
-    """All tries of a request failed."""
-
-    def __init__(self, message: str, partial: Mapping[str, Any] | None) -> None:
-        """Keep the last answer that broke off, if there was one."""
-        super().__init__(message)
-        self.partial = partial
-
-
-class SGLangFleet:
+class SGLangFleet(ServerPool):
     """A `RolloutEngine` and the `WeightServers` behind it. An async context manager."""
 
     def __init__(
@@ -48,143 +51,195 @@ class SGLangFleet:
         max_concurrent_requests: int = 512,
         first_backoff_s: float = 0.5,
         server_timeout_s: float = 60.0,
+        hedge_after_s: float | None = None,
+        api_key: str | None = None,
+        router_url: str | None = None,
+        vocab_size: int | None = None,
+        decode: Decode | None = None,
+        random: Random | None = None,
     ) -> None:
         """Remember the settings; nothing is sent.
 
         Args:
-            request_timeout_s: deadline of each try of a request.
-            retries: further tries after a failed one, on another server where there is one.
-            max_concurrent_requests: requests in flight over all servers.
-            first_backoff_s: pause before the first retry; doubles with each.
+            request_timeout_s: deadline of each try of a request; all of them have (retries + 1) times as much.
+            retries: further tries after a failed one, on another server where there is one; see `Tries`.
+            max_concurrent_requests: requests in flight over all servers, hedges included.
+            first_backoff_s: longest pause before the first retry; doubles with each.
             server_timeout_s: how long `wait_healthy` waits unless it is told otherwise.
+            hedge_after_s: a request that is still running after this long is sent to a second server as well.
+            api_key: what the servers ask for; None = nothing.
+            router_url: an sglang-router that requests go to, instead of the servers themselves.
+            vocab_size: ids of the served model, for servers that do not tell; a larger one would end a real server.
+            decode: makes the text of a response that came in parts; without it such a response begins anew.
+            random: source of the pauses' jitter.
         """
-        self._urls = tuple(dict.fromkeys(urls))
+        super().__init__(urls, server_timeout_s=server_timeout_s, api_key=api_key, router_url=router_url)
         self.request_timeout_s, self.retries, self.first_backoff_s = request_timeout_s, retries, first_backoff_s
-        self.server_timeout_s = server_timeout_s
-        self.servers: list[Server] = []
-        self.expected_version: str | None = None
-        """Completions of any other version are thrown away; None until the first update: any version is right."""
-        self.adapter: str | None = None
-        """LoRA adapter that requests name."""
+        self.hedge_after_s, self.vocab_size, self.decode = hedge_after_s, vocab_size, decode
         self.num_retries = 0
-        self._arriving_version: str | None = None
+        self.num_continued = 0
+        """Times a response that had broken off went on from its tokens."""
+        self.num_hedges = 0
+        self.num_thrown_away = 0
+        """Answers that were refused because of the weights that they came from."""
+        self._random = random or Random()
         self._slots = asyncio.Semaphore(max_concurrent_requests)
-        self._probes: set[asyncio.Task[None]] = set()
-        self._aborts: set[asyncio.Task[None]] = set()
 
     @classmethod
-    def from_config(cls, urls: Sequence[str], rollout: RolloutConfig) -> SGLangFleet:
-        """Make the fleet of a run."""
+    def from_config(
+        cls, config: Config, role: Literal["student", "teacher"], tokenizer: PreTrainedTokenizerBase
+    ) -> SGLangFleet:
+        """Make the fleet of a run's student or teacher servers.
+
+        Raises:
+            ValueError: --server-api-key-file cannot be used.
+        """
+        rollout, model = config.rollout, config.model
+        if role == "student":
+            urls, router_url, model_path = rollout.student_urls, rollout.student_router_url, model.hf_checkpoint
+        else:
+            urls, router_url = rollout.teacher_urls, rollout.teacher_router_url
+            model_path = model.teacher_hf_checkpoint or model.hf_checkpoint
         return cls(
             urls,
             request_timeout_s=rollout.request_timeout_s,
             retries=rollout.request_retries,
             max_concurrent_requests=rollout.max_concurrent_requests,
             server_timeout_s=rollout.server_timeout_s,
+            hedge_after_s=rollout.hedge_after_s,
+            api_key=None if rollout.server_api_key_file is None else _read_api_key(rollout.server_api_key_file),
+            router_url=router_url,
+            vocab_size=_read_vocab_size(model_path),
+            decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         )
 
     async def __aenter__(self) -> SGLangFleet:
         """Open the session."""
-        # Servers close idle connections (uvicorn: after 5 s): none may sleep through a training step and be used again.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-        self._session = aiohttp.ClientSession(connector=connector)
-        self.servers = [Server(url, self._session) for url in self._urls]
+        await self._open()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         """Close the session, after the last aborts are sent."""
-        await asyncio.gather(*self._probes, *self._aborts)
-        await self._session.close()
-
-    # ------------------------------------------------------------- generation
+        await self._close()
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         """Sample one completion; see `RolloutEngine.generate`."""
-        sampling: dict[str, Any] = {
-            "max_new_tokens": params.max_new_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-        }
-        if params.stop_token_ids:
-            sampling["stop_token_ids"] = list(params.stop_token_ids)
-        if params.sampling_seed is not None:
-            sampling["sampling_seed"] = params.sampling_seed
-        try:
-            answer = await self._ask(
-                {"input_ids": list(prompt_ids), "sampling_params": sampling, "return_logprob": True}
-            )
-        except GaveUpError as error:
-            return _completion(error.partial, str(error))
-        except ServerError as error:
-            return _completion(None, str(error))
-        return _completion(answer, None)
+        key, done = hash(tuple(prompt_ids)), NOTHING
+        async with self._slots:
+            tries = self._tries()
+            try:
+                while done.finish_reason == "abort":
+                    if not self.accepts(done.weight_versions):  # accepted when they came, too old by now
+                        self.num_thrown_away += 1
+                        versions, done = ", ".join(done.weight_versions), NOTHING
+                        await tries.failed(f"what there was of it came from weights {versions}")
+                    self.num_continued += bool(done.token_ids)
+                    answer = await self._ask(sampling_body(prompt_ids, params, done.token_ids), key, tries)
+                    if answer.completion.finish_reason == "abort" and self.decode is None:
+                        await tries.failed(f"it broke off: {answer.completion.error}")
+                    else:
+                        done = joined(done, answer.completion, params, self.decode or _cannot_decode)
+            except ServerError as error:
+                return replace(done, error=str(error))
+        return done
 
     async def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[float, ...]:
         """Return the served model's log-probability of each response token at T = 1. Raises ServerError."""
-        answer = await self._ask(
-            {
-                "input_ids": [*prompt_ids, *response_ids],
-                "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-                "return_logprob": True,
-                "logprob_start_len": len(prompt_ids) - 1,
-            }
-        )
-        return tuple(entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:])
-
-    async def _ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Send a `/generate` body until it is answered in full. Raises RefusedError or GaveUpError."""
-        errors: list[str] = []
-        partial: dict[str, Any] | None = None
-        last: Server | None = None
+        body = scoring_body(prompt_ids, response_ids)
         async with self._slots:
-            for attempt in range(self.retries + 1):
-                if attempt:
-                    self.num_retries += 1
-                    await asyncio.sleep(min(self.first_backoff_s * 2 ** (attempt - 1), MAX_BACKOFF_S))
-                last = await self._choose(avoid=last)
-                if last is None:
-                    errors.append("; ".join(map(str, self.servers)))
-                    continue
-                try:
-                    _require_fit(last, body)
-                    answer = await self._try(last, body)
-                except RefusedError:
-                    raise
-                except ServerError as error:
-                    errors.append(str(error))
-                    continue
-                reason = answer["meta_info"]["finish_reason"]
-                if reason["type"] != "abort":
-                    return answer
-                partial = answer
-                errors.append(f"{last.url} aborted it: {reason.get('message')}")
-        raise GaveUpError(
-            f"failed {len(errors)} times (--request-retries {self.retries}): {' | '.join(errors)}", partial
-        )
+            answer = await self._ask(body, hash(tuple(prompt_ids)), self._tries())
+        scores = tuple(score for score in answer.prompt_logprobs[1:] if score is not None)
+        if len(scores) != len(response_ids):
+            raise ServerError(f"a server scored {len(scores)} of {len(response_ids)} tokens; is it an SGLang server?")
+        return scores
 
-    async def _try(self, server: Server, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Send once, under a fresh rid, and learn about the server from what happens."""
-        rid = uuid.uuid4().hex
-        server.num_in_flight += 1
+    def _tries(self) -> Tries:
+        return Tries(self.retries, self.request_timeout_s, self.first_backoff_s, self._random)
+
+    async def _ask(self, body: Mapping[str, Any], key: int, tries: Tries) -> Answer:
+        """Send a body until it is answered, in full or in part. Raises RefusedError or GaveUpError."""
+        last: Server | None = None
+        while True:
+            last = await self.choose(key, last, tries.timeout_s())
+            try:
+                if last is None:
+                    raise ServerError("; ".join(map(str, self.servers)))
+                return await self._race(last, body, tries)
+            except RefusedError:
+                raise
+            except ServerError as error:
+                await (tries.busy if _has_no_room(error) else tries.failed)(str(error))
+                self.num_retries += 1
+
+    async def _race(self, server: Server, body: Mapping[str, Any], tries: Tries) -> Answer:
+        """Send to a server and, if that takes long while there is room, to a second one; the first answer wins."""
+        racers = {self._launch(server, body, tries)}
         try:
-            answer = await server.post("/generate", {**body, "rid": rid}, self.request_timeout_s)
+            if self.hedge_after_s is not None and not tries.was_hedged:
+                running = (await asyncio.wait(racers, timeout=self.hedge_after_s))[1]
+                second = self.least_loaded(avoid=server)
+                if running and second not in (None, server) and not self._slots.locked():
+                    assert second is not None
+                    tries.was_hedged = True
+                    self.num_hedges += 1
+                    await self._slots.acquire()
+                    hedge = self._launch(second, body, tries)
+                    hedge.add_done_callback(lambda _: self._slots.release())
+                    racers.add(hedge)
+            while True:
+                done, racers = await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
+                good = [racer for racer in done if racer.exception() is None]
+                if good or not racers:
+                    return (good or list(done))[0].result()
+        finally:
+            for racer in racers:
+                racer.cancel()
+            await asyncio.gather(*racers, return_exceptions=True)
+
+    def _launch(self, server: Server, body: Mapping[str, Any], tries: Tries) -> asyncio.Task[Answer]:
+        def release(_: asyncio.Task[Answer]) -> None:
+            server.num_in_flight -= 1
+
+        task = asyncio.get_running_loop().create_task(self._try(server, body, tries.timeout_s()))
+        server.num_in_flight += 1  # now: the next request that chooses a server must see it
+        task.add_done_callback(release)
+        return task
+
+    async def _try(self, server: Server, body: Mapping[str, Any], timeout_s: float) -> Answer:
+        """Send once, under a fresh rid, and learn about the server from what happens."""
+        require_fit(server.url, body, server.vocab_size or self.vocab_size, server.context_length)
+        rid, adapter, version = uuid.uuid4().hex, self.adapter, self.expected_version
+        times_stale = self.times_stale(server)
+        named = {"rid": rid} if adapter is None else {"rid": rid, "lora_path": adapter}
+        try:
+            raw = await server.post("/generate", {**body, **named}, timeout_s)
         except asyncio.CancelledError:
-            self._spawn(self._abort(server, rid), self._aborts)
+            self._spawn(self._abort(server, rid))
             raise
         except LostError as error:
             self._set_down(server, str(error))
-            self._spawn(self._abort(server, rid), self._aborts)
+            self._spawn(self._abort(server, rid))
             raise
-        finally:
-            server.num_in_flight -= 1
-        if not isinstance(answer, dict) or "meta_info" not in answer:
-            raise ServerError(f"{server.url}: its answer to /generate has no meta_info; is it an SGLang server?")
-        versions = _versions(answer["meta_info"])
-        if versions and not self._is_right(versions[-1]):
-            self._set_stale(server, f"answered with weights {versions[-1]!r}, not {self.expected_version!r}")
-            raise ServerError(str(server))
+        answer = read_answer(raw, server.url, None if adapter is None else version)
+        self._require_right(server, answer, times_stale)
+        if answer.completion.finish_reason == "abort" and not answer.completion.token_ids:
+            raise ServerError(f"{server.url} aborted it: {answer.completion.error}")
         return answer
+
+    def _require_right(self, server: Server, answer: Answer, times_stale: int) -> None:
+        """Raise ServerError if the answer comes from weights that are wrong or that may have been half loaded."""
+        held, versions = answer.weight_version, answer.completion.weight_versions
+        if held is not None and not self._is_held(held):
+            self._set_stale(server, f"answered with weights {held!r}, not {self.expected_version!r}")
+            trouble = str(server)
+        elif self.times_stale(server) != times_stale:
+            trouble = f"{server.url} went out of use while it answered"
+        elif not self.accepts(versions):
+            trouble = f"{server.url} answered with tokens of weights {', '.join(versions)}"
+        else:
+            return
+        self.num_thrown_away += 1
+        raise ServerError(trouble)
 
     async def _abort(self, server: Server, rid: str) -> None:
         try:
@@ -192,137 +247,27 @@ class SGLangFleet:
         except ServerError as error:
             logger.debug("abort of %s: %s", rid, error)
 
-    # ------------------------------------------------------------- states
 
-    async def _choose(self, avoid: Server | None) -> Server | None:
-        """Return the least loaded READY server, another one than `avoid` if possible; probe the rest in passing."""
-        now = time.monotonic()
-        for server in self.servers:
-            if server.state is not ServerState.READY and now >= server.probe_after:
-                server.probe_after = now + server.probe_gap_s
-                server.probe_gap_s = min(2 * server.probe_gap_s, MAX_PROBE_GAP_S)
-                self._spawn(self._probe(server), self._probes)
-        while not (ready := [s for s in self.servers if s.state is ServerState.READY]) and self._probes:
-            await asyncio.wait(self._probes, return_when=asyncio.FIRST_COMPLETED)
-        return min(ready, key=lambda s: (s is avoid, s.num_in_flight), default=None)
-
-    async def wait_healthy(self, deadline_s: float | None = None) -> None:
-        """Wait until every server is READY.
-
-        Raises:
-            ServerError: some were not in time; the message names each, what was seen and what to do.
-        """
-        end = time.monotonic() + (self.server_timeout_s if deadline_s is None else deadline_s)
-        while True:
-            await asyncio.gather(*(self._probe(s) for s in self.servers if s.state is not ServerState.READY))
-            waiting = [s for s in self.servers if s.state is not ServerState.READY]
-            if not waiting:
-                return
-            if time.monotonic() >= end:
-                seen = "; ".join(map(str, waiting))
-                raise ServerError(f"{seen}. Start the server or correct --student-urls/--teacher-urls")
-            await asyncio.sleep(0.2)
-
-    def require_ready(self) -> None:
-        """Raise ServerError if no server may be used; the message names each and its trouble."""
-        if not any(server.state is ServerState.READY for server in self.servers):
-            raise ServerError(f"no server holds weights {self.expected_version}: " + "; ".join(map(str, self.servers)))
-
-    async def model_name(self) -> str:
-        """Return the model and the weights that all servers hold, e.g. `models/student@default`.
-
-        Raises:
-            ServerError: a server does not answer, or holds another model or other weights.
-        """
-        await self.wait_healthy()
-        infos = [await server.model_info() for server in self.servers]
-        names = [f"{info['model_path']}@{info['weight_version']}" for info in infos]
-        if len(set(names)) > 1:
-            raise ServerError(
-                "servers hold different weights: " + ", ".join(map(" ".join, zip(self._urls, names, strict=True)))
-            )
-        return names[0]
-
-    async def _probe(self, server: Server) -> None:
-        """Ask a server who it is and decide its state; one that a failed update left paused is set going."""
-        try:
-            await server.read_info()
-            if server.state is ServerState.STALE and self._is_right(server.weight_version):
-                await server.continue_(PROBE_TIMEOUT_S)
-        except ServerError as error:
-            self._set_down(server, str(error))
-        else:
-            self._judge(server)
-
-    def _judge(self, server: Server) -> None:
-        if self._is_right(server.weight_version):
-            server.state, server.trouble, server.probe_gap_s = ServerState.READY, "", 1.0
-        else:
-            self._set_stale(server, f"holds weights {server.weight_version!r}, not {self.expected_version!r}")
-
-    def _is_right(self, version: str | None) -> bool:
-        return self.expected_version is None or version in (self.expected_version, self._arriving_version)
-
-    def _set_stale(self, server: Server, trouble: str) -> None:
-        if server.state is not ServerState.STALE:
-            logger.warning("%s is out of use: %s", server.url, trouble)
-        server.state, server.trouble = ServerState.STALE, trouble
-
-    def _set_down(self, server: Server, trouble: str) -> None:
-        if server.state is ServerState.READY:
-            logger.warning("%s is out of use: %s", server.url, trouble)
-        server.state, server.trouble = ServerState.DOWN, trouble
-
-    def begin_update(self, version: str) -> None:
-        """See `WeightServers.begin_update`."""
-        self._arriving_version = version
-
-    def end_update(self, version: str, failures: Mapping[str, str], adapter: str | None = None) -> None:
-        """See `WeightServers.end_update`."""
-        self.expected_version, self._arriving_version = version, None
-        self.adapter = adapter
-        for server in self.servers:
-            if server.url not in failures:
-                server.weight_version = version
-                self._judge(server)
-            else:
-                self._set_stale(server, failures[server.url])
-                server.probe_after = 0.0
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None], group: set[asyncio.Task[None]]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        group.add(task)
-        task.add_done_callback(group.discard)
+def _has_no_room(error: ServerError) -> bool:
+    """Whether the server answered that it is well and full: HTTP 429, or SGLang's 503 beyond --max-queued-requests."""
+    return "HTTP 429" in str(error) or "queue is full" in str(error)
 
 
-def _require_fit(server: Server, body: Mapping[str, Any]) -> None:
-    """Refuse here what would kill the server or be refused there, as far as it told its limits."""
-    ids, budget = body["input_ids"], body["sampling_params"]["max_new_tokens"]
-    if server.vocab_size is not None and not (ids and min(ids) >= 0 and max(ids) < server.vocab_size):
-        raise RefusedError(
-            f"the prompt is empty or has ids outside the vocabulary of {server.vocab_size} of {server.url}"
-        )
-    if server.context_length is not None and len(ids) + budget > server.context_length:
-        raise RefusedError(
-            f"prompt of {len(ids)} tokens and --max-response-tokens {budget}: exceed the context of "
-            f"{server.context_length} tokens of {server.url}; lower the budget or serve a longer context"
-        )
+def _cannot_decode(_: Sequence[int]) -> str:
+    raise AssertionError("without decode, a response that broke off begins anew")
 
 
-def _versions(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    spans = meta.get("weight_versions") or [{"version": meta.get("weight_version")}]
-    return tuple(str(span["version"]) for span in spans if span["version"] is not None)
+def _read_api_key(path: str) -> str:
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--server-api-key-file {path}: {error}; give a readable text file") from error
+    if not key or len(key.split()) > 1:
+        raise ValueError(f"--server-api-key-file {path}: holds no single key; write the servers' --api-key into it")
+    return key
 
 
-def _completion(answer: Mapping[str, Any] | None, error: str | None) -> Completion:
-    if answer is None:
-        return Completion(token_ids=(), text="", finish_reason="abort", error=error)
-    meta = answer["meta_info"]
-    return Completion(
-        token_ids=tuple(answer["output_ids"]),
-        text=answer.get("text", ""),
-        finish_reason=meta["finish_reason"]["type"],
-        logprobs=tuple(entry[0] for entry in meta["output_token_logprobs"]),
-        weight_versions=_versions(meta),
-        error=error,
-    )
+def _read_vocab_size(model_path: str) -> int | None:
+    """Return the rows of the embedding, which may be more than the tokenizer has entries."""
+    config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
+    return config.get("text_config", config).get("vocab_size")

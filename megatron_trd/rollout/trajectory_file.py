@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_trd.log import get_logger
-from megatron_trd.records import Completion, Problem, Trajectory
+from megatron_trd.records import Completion, Problem, Trajectory, VersionSpan
 
 logger = get_logger(__name__)
 
@@ -32,9 +32,9 @@ class TrajectoryWriter:
         self.done_ids: set[str] = set()
         """Problems the file already holds."""
         if self.path.exists():
-            _drop_torn_line(self.path)
-            for number, record in _records(self.path):
-                _require_same(self.path, number, record["fingerprint"], self.fingerprint)
+            drop_torn_line(self.path)
+            for number, record in json_records(self.path):
+                require_same(self.path, number, record["fingerprint"], self.fingerprint)
                 self.done_ids.add(_parse(self.path, number, record).problem.id)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = self.path.open("ab")
@@ -57,18 +57,19 @@ class TrajectoryWriter:
 
 def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
     """Yield the trajectories of a file. Raises ValueError naming file, line and what is wrong with it."""
-    for number, record in _records(Path(path)):
+    for number, record in json_records(Path(path)):
         yield _parse(Path(path), number, record)
 
 
 def read_fingerprint(path: str | Path) -> Fingerprint:
     """Return what the trajectories of a file have in common. Raises ValueError if it holds none."""
-    for _, record in _records(Path(path)):
+    for _, record in json_records(Path(path)):
         return record["fingerprint"]
     raise ValueError(f"{path}: holds no trajectory; make it anew with python -m megatron_trd.generate")
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield number and content of each line. Raises ValueError: it is not of this schema or has no fingerprint."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -86,7 +87,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, record
 
 
-def _require_same(path: Path, number: int, found: Fingerprint, wanted: Fingerprint) -> None:
+def require_same(path: Path, number: int, found: Fingerprint, wanted: Fingerprint) -> None:
+    """Raise ValueError naming each difference."""
     differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if differing:
         details = ", ".join(f"{key} was {found.get(key)!r} and is {wanted.get(key)!r}" for key in differing)
@@ -100,11 +102,11 @@ def _parse(path: Path, number: int, record: Mapping[str, Any]) -> Trajectory:
         y_r = record["y_r"]
         return Trajectory(
             problem=Problem(**record["problem"]),
-            y_o=_completion(record["y_o"]),
+            y_o=parse_completion(record["y_o"]),
             y_o_correct=record["y_o_correct"],
             solve_prompt_ids=_ids(record["solve_prompt_ids"]),
             vanilla_prompt_ids=_ids(record["vanilla_prompt_ids"]),
-            y_r=None if y_r is None else _completion(y_r),
+            y_r=None if y_r is None else parse_completion(y_r),
             y_r_correct=record["y_r_correct"],
             refine_prompt_ids=_ids(record["refine_prompt_ids"]),
             refine_cut_tokens=record["refine_cut_tokens"],
@@ -115,11 +117,21 @@ def _parse(path: Path, number: int, record: Mapping[str, Any]) -> Trajectory:
         raise ValueError(f"{path}:{number}: {error}; remove or repair the line") from error
 
 
-def _completion(record: Mapping[str, Any]) -> Completion:
+def parse_completion(record: Mapping[str, Any]) -> Completion:
+    """Return a completion from its JSON. Raises KeyError, TypeError or ValueError."""
     if record["finish_reason"] not in ("stop", "length", "abort"):
         raise ValueError(f"finish_reason {record['finish_reason']!r} is unknown")
-    lists = {key: tuple(record[key]) for key in ("logprobs", "weight_versions")}
-    return Completion(**{**record, **lists, "token_ids": _ids(record["token_ids"])})
+    fields = {key: value for key, value in record.items() if key != "weight_versions"}
+    fields |= {"token_ids": _ids(record["token_ids"]), "logprobs": tuple(record["logprobs"])}
+    return Completion(**{**fields, "weight_spans": _spans(record)})
+
+
+def _spans(record: Mapping[str, Any]) -> tuple[VersionSpan, ...]:
+    """Return the spans; older files name the versions without saying where, so that each may be anywhere."""
+    if "weight_versions" in record:
+        everywhere = {"start": 0, "end": len(record["token_ids"])}
+        return tuple(VersionSpan(version=version, **everywhere) for version in record["weight_versions"])
+    return tuple(VersionSpan(**span) for span in record["weight_spans"])
 
 
 def _ids(values: Any) -> tuple[int, ...]:
@@ -128,8 +140,8 @@ def _ids(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut off what follows the last newline."""
+def drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last newline: a line whose writer was killed."""
     with path.open("rb+") as file:
         size = end = file.seek(0, os.SEEK_END)
         while end > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -14,17 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_trd.config.schema import Config
-from megatron_trd.data.source import ProblemSource
 from megatron_trd.log import get_logger
 from megatron_trd.records import Completion, Sample, Trajectory
+from megatron_trd.rollout.ahead import ObservedServers, RolloutProcess
+from megatron_trd.rollout.colocation import Colocation
 from megatron_trd.rollout.evaluation import evaluate
-from megatron_trd.rollout.refine import RolloutRunner, sampling_params
+from megatron_trd.rollout.online import OnlineRollouts, fleet_counters, open_student
+from megatron_trd.rollout.refine import RolloutBatch, sampling_params
 from megatron_trd.rollout.renderer import Renderer
 from megatron_trd.rollout.sglang import SGLangFleet
 from megatron_trd.rollout.trajectory_file import read_fingerprint, read_trajectories
 from megatron_trd.tasks.base import Task
-from megatron_trd.weight_sync.base import ServerError, WeightSync
-from megatron_trd.weight_sync.disk import DiskWeightSync
+from megatron_trd.weight_sync.base import ServerError, SyncReport, WeightServers, WeightSync
+from megatron_trd.weight_sync.transports import make_weight_sync
 
 logger = get_logger(__name__)
 PROBE_PROBLEMS, PROBE_TOKENS = 8, 64
@@ -34,7 +36,8 @@ class World:
     """Servers and files behind plain calls: owns the event loop that the clients live in.
 
     Trajectories come from the student's and the teacher's servers, or from a file (the offline recipe). Servers are
-    optional then; with them, weights are still published and evaluation still runs.
+    optional then; with them, weights are still published and evaluation still runs. With --rollout-staleness another
+    process rolls out; weights, probes and evaluation stay here.
     """
 
     def __init__(self, config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -43,59 +46,73 @@ class World:
         Raises:
             ValueError: a server does not answer, or the trajectory file cannot be used.
         """
-        self._config, self._task = config, task
+        self._config, self._task, self._tokenizer = config, task, tokenizer
         self._renderer = Renderer.from_config(config, task, tokenizer)
         self._sampling = sampling_params(config.rollout, tokenizer)
         self._recorded: list[Trajectory] = []
-        self._runner: RolloutRunner | None = None
+        self._rollouts: OnlineRollouts | None = None
+        self._ahead: RolloutProcess | None = None
         self._student: SGLangFleet | None = None
         self._sync: WeightSync | None = None
+        self._colocation: Colocation | None = None
         self._loop = asyncio.new_event_loop()
         self._open = AsyncExitStack()
         try:
             self._loop.run_until_complete(self._connect())
-        except ServerError as error:
+        except BaseException as error:
             self.close()
-            raise ValueError(str(error)) from error
+            if isinstance(error, ServerError):
+                raise ValueError(str(error)) from error
+            raise
 
     async def _connect(self) -> None:
         config, rollout = self._config, self._config.rollout
+        online = config.data.trajectories is None
+        if online and rollout.rollout_staleness:
+            self._ahead = RolloutProcess(config, self._task)  # starts while this process connects
         if rollout.student_urls:
-            self._student = await self._fleet(rollout.student_urls)
-            sync = config.weight_sync
-            self._sync = DiskWeightSync(
-                sync.weight_sync_dir or Path(config.checkpoint.run_dir) / "weights",
-                config.model.hf_checkpoint,
-                self._student,
-                timeout_s=sync.weight_sync_timeout_s,
-            )
+            self._student = await open_student(config, self._tokenizer, self._open)
+            servers: WeightServers = self._student
+            if self._ahead is not None:
+                servers = ObservedServers(self._student, self._ahead)
+            self._sync = make_weight_sync(config, servers)
+            self._open.push_async_callback(self._sync.close)
         if config.data.trajectories is not None:
             self._recorded = _read_recorded(config.data.trajectories, config.method.mode)
-            return
-        assert self._student is not None, "the configuration demands --student-urls for online rollouts"
-        refiner: SGLangFleet | None = None
-        if config.method.trajectory == "y_r":
-            refiner = await self._fleet(rollout.teacher_urls) if rollout.teacher_urls else self._student
-        self._runner = RolloutRunner(
-            self._student, refiner, self._renderer, self._task, self._sampling, config.data.seed
-        )
+        elif self._ahead is not None:
+            self._ahead.wait_ready()
+        else:
+            assert self._student is not None, "the configuration demands --student-urls for online rollouts"
+            self._rollouts = await OnlineRollouts.open(config, self._task, self._tokenizer, self._student, self._open)
+        if rollout.colocate and self._student is not None:
+            teacher = self._rollouts.refiner if self._rollouts is not None else None
+            self._colocation = await Colocation.begin(
+                self._student,
+                None if teacher is self._student else teacher,
+                all_weights_return=config.weight_sync.weight_sync != "adapter",
+            )
 
-    async def _fleet(self, urls: Sequence[str]) -> SGLangFleet:
-        fleet = await self._open.enter_async_context(SGLangFleet.from_config(urls, self._config.rollout))
-        await fleet.wait_healthy()
-        return fleet
+    def rollout(self, iteration: int, cursor: int) -> RolloutBatch:
+        """Return the batch of an iteration, which starts at problem (or recorded trajectory) `cursor`.
 
-    def trajectories(self, iteration: int, cursor: int) -> list[Trajectory]:
-        """Return one rollout batch that starts at problem (or recorded trajectory) `cursor`."""
-        batch_size = self._config.data.rollout_batch_size
-        if self._runner is None:
-            return [self._recorded[i % len(self._recorded)] for i in range(cursor, cursor + batch_size)]
-        problems = ProblemSource(self._task, batch_size, cursor).draw()
-        return self._loop.run_until_complete(self._runner.run(problems, iteration))
+        Raises:
+            RolloutProcessError: with --rollout-staleness, the process that rolls out died or failed.
+        """
+        if self._ahead is not None:
+            return self._ahead.batch(iteration, cursor)
+        if self._rollouts is not None:
+            return self._loop.run_until_complete(self._rollouts.batch(iteration, cursor))
+        end = cursor + self._config.data.rollout_batch_size
+        return RolloutBatch(trajectories=[self._recorded[i % len(self._recorded)] for i in range(cursor, end)])
 
-    def stage_seconds(self) -> dict[str, float]:
-        """Return the wall-clock until the last y_o of the last batch ended, and from there to its last y_r."""
-        return self._runner.stage_seconds if self._runner is not None else {}
+    def rest(self) -> None:
+        """Have servers that share the trainer's GPUs give their memory back, until the next `publish`.
+
+        Raises:
+            ServerError: a server did not come to rest.
+        """
+        if self._colocation is not None:
+            self._loop.run_until_complete(self._colocation.rest())
 
     def publish(
         self, weights: Iterable[tuple[str, Tensor]], version: str, only: frozenset[str] | None
@@ -104,11 +121,20 @@ class World:
         those that failed."""
         assert self._sync is not None and self._student is not None, "there are no servers to publish to"
         try:
-            report = self._loop.run_until_complete(self._sync.publish(weights, version, only))
+            report = self._loop.run_until_complete(self._publish(weights, version, only))
         except ServerError as error:
             logger.warning("%s", error)
             return {}, only if only is not None else frozenset(server.url for server in self._student.servers)
         return report.metrics(), frozenset(report.failures)
+
+    async def _publish(
+        self, weights: Iterable[tuple[str, Tensor]], version: str, only: frozenset[str] | None
+    ) -> SyncReport:
+        assert self._sync is not None
+        if self._colocation is None:
+            return await self._sync.publish(weights, version, only)
+        async with self._colocation.awake():
+            return await self._sync.publish(weights, version, only)
 
     def require_servers(self) -> None:
         """Raise ServerError if no server holds the published weights."""
@@ -162,16 +188,27 @@ class World:
         return self._loop.run_until_complete(result).as_dict()
 
     def close(self) -> None:
-        """Close every connection."""
-        self._loop.run_until_complete(self._open.aclose())
+        """Close every connection, and end the process that rolls out."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._loop.run_until_complete(self._close())
         self._loop.close()
+
+    async def _close(self) -> None:
+        if self._colocation is not None:
+            await self._colocation.end()
+        await self._open.aclose()
 
     def metrics(self) -> dict[str, float]:
         """Return the health of the student's servers."""
         if self._student is None:
             return {}
+        counters = fleet_counters(self._student)
+        if self._ahead is not None:
+            for tag, number in self._ahead.counters().items():
+                counters[tag] += number
         ready = sum(server.state.value == "ready" for server in self._student.servers)
-        return {"server/ready": float(ready), "server/retries": float(self._student.num_retries)}
+        return {"server/ready": float(ready), **counters}
 
 
 def _read_recorded(path: str, mode: str) -> list[Trajectory]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import ROOT, run, torchrun
 from megatron_trd.report import closing_table
-from megatron_trd.rollout.embedded_server import launch_embedded_server
+from megatron_trd.rollout.server_process import launch_embedded_server
 
 EXAMPLE = ROOT / "examples/quickstart_cpu"
 STUDENT, TEACHER = EXAMPLE / "models/student", EXAMPLE / "models/teacher"
@@ -82,7 +82,8 @@ def test_quickstart_learns(tmp_path: Path) -> None:
 
     lines = metrics(run_dir)
     assert [line["iteration"] for line in lines] == list(range(1, 7))
-    assert max(line["weights/served_logprob_gap"] for line in lines) < 1e-3
+    assert max(line["weights/logprob_gap_max"] for line in lines) < 1e-3
+    assert all(0 < line["weights/logprob_gap_mean"] <= line["weights/logprob_gap_max"] for line in lines)
     assert lines[-1]["train/loss"] < 0.5 * lines[0]["train/loss"]
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     for tag in ("train/loss", "distill/divergence", "rollout/y_o_pass", "time/rollout_s", "perf/tokens_per_s_per_gpu"):
@@ -161,7 +162,7 @@ def test_opd_with_lora_exports_merged_weights_and_the_adapter(urls, tmp_path: Pa
         else:
             assert torch.equal(merged[name], weight.float()), name
     assert changed == 7 * 3
-    assert max(line["weights/served_logprob_gap"] for line in metrics(tmp_path / "run")) < 1e-3
+    assert max(line["weights/logprob_gap_max"] for line in metrics(tmp_path / "run")) < 1e-3
 
 
 def test_offline_recipe(urls, tmp_path: Path) -> None:

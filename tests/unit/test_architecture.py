@@ -22,7 +22,7 @@ FLOORS = {
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 TOP = max(FLOORS)  # mains may share code with each other
 MAINS = ("megatron_trd/train.py", "megatron_trd/generate.py", "megatron_trd/evaluate.py", "megatron_trd/report.py")
-SERVER_MAIN = "megatron_trd/rollout/embedded_server.py"
+SERVER_MAIN = "megatron_trd/rollout/embedded/server.py"
 
 HTTP = ("aiohttp", "httpx", "requests", "urllib3", "urllib.request", "http", "socketserver", "fastapi", "uvicorn")
 # A library -> the only paths in the packages that may import it.

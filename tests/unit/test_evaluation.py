@@ -11,7 +11,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from megatron_trd.records import Completion, Problem
+from megatron_trd.records import Completion, Problem, VersionSpan
 from megatron_trd.rollout.engine import SamplingParams
 from megatron_trd.rollout.evaluation import (
     EvalResult,
@@ -23,6 +23,8 @@ from megatron_trd.rollout.evaluation import (
     passes,
 )
 from megatron_trd.weight_sync.base import ServerError
+
+SPANS = (VersionSpan(version="v1", start=0, end=2),)
 
 
 def result(correct: Sequence[Sequence[bool | None]]) -> EvalResult:
@@ -116,7 +118,7 @@ class Coin:
         if prompt_ids[0] in self.failing:
             return Completion(token_ids=(), text="", finish_reason="abort", error="down")
         word = "even" if (params.sampling_seed or 0) % 2 == 0 else "odd"
-        return Completion(token_ids=(1, 2), text=word, finish_reason="stop", weight_versions=("v1",))
+        return Completion(token_ids=(1, 2), text=word, finish_reason="stop", weight_spans=SPANS)
 
 
 def run(coin: Coin, seed: int = 0) -> EvalResult:

@@ -98,7 +98,7 @@ def test_refinement_starts_when_its_own_rollout_ends() -> None:
         order = [t.problem.id async for t in run.stream(problems(2), iteration=0)]
         assert order == ["1", "0"]
         refined_1.clear()
-        done = await run.run(problems(2), iteration=0)
+        done = (await run.run(problems(2), iteration=0)).trajectories
         assert [t.problem.id for t in done] == ["0", "1"]
         assert [(t.y_o_correct, t.y_r_correct) for t in done] == [(True, True), (False, True)]
         assert [t.refine_prompt_ids for t in done] == [(0, 2), (1, 2)] and done[1].refine_cut_tokens == len("wrong")
@@ -115,7 +115,7 @@ def test_a_failed_rollout_is_not_refined_and_stops_nobody() -> None:
             return completion("", "abort", ()) if prompt == (2, 2) else completion("right")
 
         refiner = Engine(refine)
-        done = await runner(Engine(roll_out), refiner).run(problems(4), iteration=0)
+        done = (await runner(Engine(roll_out), refiner).run(problems(4), iteration=0)).trajectories
         assert [t.y_o_correct for t in done] == [True, None, True, True]
         assert [t.y_r_correct for t in done] == [True, None, None, True]
         assert done[1].y_r is None and done[1].refine_prompt_ids == ()

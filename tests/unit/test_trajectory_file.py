@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_trd.records import Completion, Problem, Trajectory
+from megatron_trd.records import Completion, Problem, Trajectory, VersionSpan
 from megatron_trd.rollout.trajectory_file import TrajectoryWriter, read_trajectories
 
 FINGERPRINT = {"student": "models/student@default", "seed": "1"}
@@ -21,7 +22,7 @@ def trajectory(i: int) -> Trajectory:
         text='two\nlines, "quotes", ünïcode\u2028',
         finish_reason="stop",
         logprobs=(-0.1, -1 / 3, -math.inf),
-        weight_versions=("a", "b"),
+        weight_spans=(VersionSpan(version="a", start=0, end=2), VersionSpan(version="b", start=2, end=3)),
     )
     return Trajectory(
         problem=Problem(id=f"p{i}", prompt="x", answer="1", reference_solution="y*", metadata={"level": 3}),
@@ -51,6 +52,18 @@ def test_round_trip_is_exact(path: Path) -> None:
     for line in path.read_text().split("\n")[:-1]:
         record = json.loads(line)
         assert record["schema"] == 1 and record["fingerprint"] == FINGERPRINT
+
+
+def test_files_that_name_versions_without_their_tokens_still_load(path: Path) -> None:
+    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    for record in records:
+        for completion in filter(None, (record["y_o"], record["y_r"])):
+            completion["weight_versions"] = [span["version"] for span in completion.pop("weight_spans")]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for i, loaded in enumerate(read_trajectories(path)):
+        everywhere = tuple(VersionSpan(version=version, start=0, end=3) for version in "ab")
+        assert loaded.y_o.weight_versions == ("a", "b") and loaded.y_o.weight_spans == everywhere
+        assert replace(loaded.y_o, weight_spans=()) == replace(trajectory(i).y_o, weight_spans=())
 
 
 def test_every_cut_is_repaired_to_whole_lines(path: Path) -> None:
@@ -99,6 +112,8 @@ def changed(key: str, value: Any) -> Any:
         (changed("y_r.token_ids", [-1]), "token ids must be a list of non-negative integers"),
         (changed("y_o.finish_reason", "bored"), "finish_reason 'bored' is unknown"),
         (changed("problem.surprise", 1), "surprise"),
+        (changed("y_o.weight_spans", ...), "field 'weight_spans' is missing"),
+        (changed("y_o.weight_spans", [{"version": "a"}]), "start"),
         (changed("problem", None), "remove or repair the line"),
     ],
 )
