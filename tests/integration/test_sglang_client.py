@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from integration.live_fleet import kill
 from megatron_trd.rollout.engine import SamplingParams
 from megatron_trd.rollout.server_client import ServerState
 from megatron_trd.rollout.server_process import ServerProcess
@@ -171,11 +172,10 @@ def test_a_killed_server_loses_no_request_and_comes_back(student_dir: Path) -> N
                 asyncio.create_task(fleet.generate(PROMPT, SamplingParams(max_new_tokens=200, sampling_seed=7)))
                 for _ in range(48)
             ]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            while fleet.servers[0].num_in_flight == 0:
+                await asyncio.sleep(0)
+            kill(first)
             more = [asyncio.create_task(fleet.generate(PROMPT, SAMPLING)) for _ in range(16)]
-            await asyncio.sleep(0)
-            assert fleet.servers[0].num_in_flight > 0
-            first.process.kill()
             done = await asyncio.gather(*tasks)
             assert {c.token_ids for c in done} == {lone.token_ids} and not any(c.error for c in done)
             assert not any(c.error for c in await asyncio.gather(*more))

@@ -52,7 +52,9 @@ DIFFERENCES = {
     "fused": {"sglang": "weights are stored as qkv_proj and gate_up_proj, and 64 rows of the vocabulary at a time"},
     "by_name": {"sglang": "/get_weights_by_name knows Llama alone: HTTP 400 for Qwen3"},
     "text": {"sglang": "the text goes on from the prompt's: a space that a tokenizer drops at a text's start is there"},
-    "greedy": {"sglang": "top_k=1 is taken as temperature 0: its log-probs are at temperature 1"},
+    "greedy": {
+        "sglang": "top_k=1 is taken as temperature 0: where all of a batch is so, log-probs are at temperature 1"
+    },
     "context": {"sglang": "the last two places of the context stay empty: finish_reason length comes so much earlier"},
     "told": {"sglang": "tells no vocab_size, and context_length in /server_info only when it was a flag"},
 }
