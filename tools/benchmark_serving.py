@@ -5,7 +5,7 @@
 
 `rollout`: tokens/s of our client and of SGLang's own benchmark client, in turns, on the same server: random prompts,
 fixed lengths, log-probabilities returned, nothing streamed. `sync`: seconds per GB of each transport, in turns, beside
-a plain copy of the same tensors in this process's memory.
+a plain copy of the same tensors in this process's memory. SGLang's client asks for the package `datasets` beside it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ from megatron_trd.rollout.sglang import SGLangFleet
 from megatron_trd.weight_sync.transports import make_weight_sync
 
 Weights = list[tuple[str, torch.Tensor]]
+SGLANG_CLIENT = f"""
+import runpy, sys, torch
+sys.path.insert(0, {str(Path(__file__).parent / "sglang_cpu")!r})
+import serve
+operators = None if torch.accelerator.is_available() else serve.declare_torchvision_operators()
+runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
+"""
 
 
 # --------------------------------------------------------------------- rollout
@@ -75,7 +82,7 @@ def theirs(args: argparse.Namespace, seed: int) -> float:
             "seed": seed,
             "output-file": report,
         }
-        command = [args.sglang_python, "-m", "sglang.bench_serving", "--tokenize-prompt", "--disable-stream"]
+        command = [args.sglang_python, "-c", SGLANG_CLIENT, "--tokenize-prompt", "--disable-stream"]
         command += ["--disable-tqdm", "--return-logprob", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

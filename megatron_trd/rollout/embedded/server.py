@@ -26,7 +26,7 @@ from megatron_trd.rollout.embedded.engine import EmbeddedEngine
 from megatron_trd.rollout.embedded.generation import GenerationRoutes
 from megatron_trd.rollout.embedded.updates import UpdateRoutes
 
-MAX_BODY_BYTES = 256 << 20
+MAX_BODY_BYTES = 1 << 30
 VERSION = "embedded-cpu"
 """No number: clients take it for one that has all of SGLang's routes, weight-update sessions too."""
 
