@@ -221,19 +221,18 @@ def forward_stream(chunk: torch.nn.Module, stream: PackedStream, groups: Groups)
     Returns:
         Hidden states [T / cp, 1, hidden], or this rank's [T / cp / tp, 1, hidden] under sequence parallelism.
     """
-    input_ids, packed = (
-        stream.input_ids,
-        PackedSeqParams(
+    if groups.cp_size > 1:
+        input_ids = stream.input_ids[tokens_of_rank(stream.cu_seqlens, groups.cp_size, groups.cp_rank)]
+        packed = sliced_seq_params(stream.cu_seqlens, stream.max_seqlen, groups.cp_size, groups.cp_rank)
+    else:
+        input_ids = stream.input_ids
+        packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=stream.cu_seqlens,
             cu_seqlens_kv=stream.cu_seqlens,
             max_seqlen_q=stream.max_seqlen,
             max_seqlen_kv=stream.max_seqlen,
-        ),
-    )
-    if groups.cp_size > 1:
-        input_ids = input_ids[tokens_of_rank(stream.cu_seqlens, groups.cp_size, groups.cp_rank)]
-        packed = sliced_seq_params(stream.cu_seqlens, stream.max_seqlen, groups.cp_size, groups.cp_rank)
+        )
     return chunk(input_ids[None], None, None, packed_seq_params=packed)
 
 

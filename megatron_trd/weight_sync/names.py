@@ -67,7 +67,7 @@ def checked(weights: Iterable[tuple[str, Tensor]], shapes: Shapes) -> Iterator[t
         seen.add(name)
         yield name, tensor
     if missing := [name for name in shapes if name not in seen]:
-        raise ValueError(f"exported weights: missing {_listed(missing)}")
+        raise ValueError(f"exported weights: missing {listed(missing)}")
 
 
 def with_head(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -100,13 +100,14 @@ def keeps_own_head(url: str, held: Iterable[str], names: Collection[str]) -> boo
         missing.remove(HEAD)
     if unknown or missing:
         parts = [("it does not know", unknown), ("it has besides", missing)]
-        told = "; ".join(f"{what} {_listed(which)}" for what, which in parts if which)
+        told = "; ".join(f"{what} {listed(which)}" for what, which in parts if which)
         lora = any(".base_layer." in name for name in missing)
         remedy = "serve it without LoRA, or use --weight-sync adapter" if lora else "serve the student's architecture"
         raise ServerError(f"{url}: serves another model than the one that is trained: {told}; {remedy}")
     return own_head
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Join the first few for an error message."""
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return ", ".join(names[:NUM_NAMED]) + more

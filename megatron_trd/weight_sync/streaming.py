@@ -34,12 +34,8 @@ class StreamingWeightSync(ABC):
             timeout_s: the longest time that servers may be at rest.
             check_equal: compare the servers' checksums after each publication.
         """
-        self.servers, self.bucket_bytes, self.timeout_s, self.check_equal = (
-            servers,
-            bucket_bytes,
-            timeout_s,
-            check_equal,
-        )
+        self.servers, self.bucket_bytes = servers, bucket_bytes
+        self.timeout_s, self.check_equal = timeout_s, check_equal
         self._shapes = expected_shapes(checkpoint)
         self._own_heads: dict[str, bool] = {}
         """Servers that were checked, by URL."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from integration.wire import (
     random_prompts,
     read_weights,
 )
+from megatron_trd.rollout.server_process import free_port
 from megatron_trd.weight_sync.process_group import join_group, leave_group
 
 TOLERANCE = 1e-4
@@ -68,9 +68,7 @@ def assert_serves(engine: Engine, weights: Weights, model: Any, version: str, **
 @contextmanager
 def group_of(name: str, *engines: Engine) -> Iterator[dist.ProcessGroup]:
     """A gloo group: this process is rank 0, the servers are 1, 2, ..."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     where = {"master_address": "127.0.0.1", "master_port": port, "group_name": name, "backend": "gloo"}
     size = 1 + len(engines)
     joining = [

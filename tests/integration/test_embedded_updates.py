@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from integration.wire import bucket, logprobs, pickled
-from megatron_trd.rollout.server_process import ServerProcess
+from megatron_trd.rollout.server_process import ServerProcess, free_port
 from megatron_trd.weight_sync.process_group import join_group, leave_group
 
 PROMPT = [3, 20, 66, 70, 81, 85, 88]
@@ -67,11 +66,6 @@ def checksums(post: Any, url: str) -> dict[str, str]:
 def get(url: str, path: str) -> int:
     with urllib.request.urlopen(url + path, timeout=60) as response:
         return response.status
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 # ------------------------------------------------------------------ tensors in the body

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from megatron_trd.rollout.embedded.weights import shortened
+from megatron_trd.weight_sync.names import listed
 
 _PREFIX = "base_model.model."
 _UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -104,7 +104,7 @@ class LoraModel:
             if key in tensors and tuple(tensors[key].shape) != shape
         ]
         if problems or not expected:
-            raise ValueError(f"adapter {name} does not fit: {shortened(problems) or 'it is empty'}")
+            raise ValueError(f"adapter {name} does not fit: {listed(problems) or 'it is empty'}")
         dtype = self.base.dtype
         return {
             module: (

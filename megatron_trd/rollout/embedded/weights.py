@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_trd.weight_sync.names import listed
+
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
 
 
@@ -31,7 +33,7 @@ class ServedWeights:
         if self._released:
             return f"memory is released: {', '.join(sorted(self._released))}; POST /resume_memory_occupation first"
         if self._undefined:
-            names = shortened(sorted(self._undefined))
+            names = listed(sorted(self._undefined))
             return f"weights are undefined since /resume_memory_occupation and must be sent: {names}"
         return None
 
@@ -45,7 +47,7 @@ class ServedWeights:
         self._require_memory()
         problems = self._misfits((name, tuple(tensor.shape)) for name, tensor in named)
         if problems:
-            raise ValueError(f"{shortened(problems)}; no weight was changed")
+            raise ValueError(f"{listed(problems)}; no weight was changed")
         for name, tensor in named:
             self._set(name, tensor)
 
@@ -66,7 +68,7 @@ class ServedWeights:
         problems += [f"{name} is there twice" for name in sorted({name for name in names if names.count(name) > 1})]
         problems += [f"missing {name}" for name in sorted(self._parameters.keys() - set(names))]
         if problems:
-            raise ValueError(f"weights in {directory} do not fit: {shortened(problems)}")
+            raise ValueError(f"weights in {directory} do not fit: {listed(problems)}")
         for file in files:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a mapping
@@ -129,8 +131,3 @@ def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     with safe_open(file, framework="pt") as shard:
         for name in shard.keys():  # noqa: SIM118 - not a mapping
             yield name, tuple(shard.get_slice(name).get_shape())
-
-
-def shortened(problems: Sequence[str], num: int = 4) -> str:
-    """Join the first few."""
-    return ", ".join(problems[:num]) + (f" and {len(problems) - num} more" if len(problems) > num else "")
