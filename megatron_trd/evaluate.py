@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_trd.rollout.refine import sampling_params
 from megatron_trd.rollout.renderer import Renderer
 from megatron_trd.rollout.sglang import SGLangFleet
 from megatron_trd.rollout.vocabulary import load_tokenizer
-from megatron_trd.tasks import TASKS, make_task
+from megatron_trd.tasks import TASKS, TaskMakers, make_task
 from megatron_trd.tasks.base import Task
 from megatron_trd.weight_sync.base import ServerError
 
@@ -62,7 +62,7 @@ def table(result: Mapping[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Task]] = TASKS) -> None:
+def main(argv: Sequence[str] | None = None, tasks: TaskMakers = TASKS) -> None:
     """Evaluate served weights. Other projects pass their own `tasks`."""
     configure(0)
     # Evaluation samples plain responses: no refiner has to be named. A flag given by the user still wins.
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Tas
             description="Sample held-out problems and score the responses.",
             extra={"output": (str | None, None, "JSON file for the scores and all verdicts.")},
         )
-        task = make_task(config.data.task, tasks)
+        task = make_task(config.data, tasks)
         if config.eval.eval_num_problems == 0:
             raise ValueError("--eval-num-problems 0: give at least 1")
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron_trd.rollout.renderer import Renderer
 from megatron_trd.rollout.sglang import SGLangFleet
 from megatron_trd.rollout.trajectory_file import TrajectoryWriter
 from megatron_trd.rollout.vocabulary import load_tokenizer
-from megatron_trd.tasks import TASKS, make_task
+from megatron_trd.tasks import TASKS, TaskMakers, make_task
 from megatron_trd.tasks.base import Task
 from megatron_trd.weight_sync.base import ServerError
 
@@ -99,7 +99,7 @@ async def fingerprint_of(
     }
 
 
-def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Task]] = TASKS) -> None:
+def main(argv: Sequence[str] | None = None, tasks: TaskMakers = TASKS) -> None:
     """Generate trajectories. Other projects pass their own `tasks`."""
     configure(0)
     with exit_on_value_error():
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Tas
         )
         if not extras.output:
             raise ValueError("--output (unset): give the JSONL file to write")
-        task = make_task(config.data.task, tasks)
+        task = make_task(config.data, tasks)
         num_problems = extras.num_problems or config.data.num_iterations * config.data.rollout_batch_size
         try:
             num_failed = asyncio.run(generate(config, task, extras.output, num_problems))

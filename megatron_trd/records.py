@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
+Outcome = Literal["correct", "wrong", "no_answer", "truncated", "grader_error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,23 @@ class Problem:
     reference_solution: str | None = None
     """y*, shown only to an OPSD teacher. None when the corpus has none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a verifier found in one response."""
+
+    outcome: Outcome
+    """`truncated`: cut off before an answer; `grader_error`: the grading itself failed, so nobody knows."""
+    extracted: str | None = None
+    """The answer that was compared."""
+    error: str | None = None
+    """What went wrong: in the grading of a `grader_error`, in the program of a `wrong` answer that was run."""
+
+    @property
+    def correct(self) -> bool:
+        """Whether the response counts as right; a `grader_error` does not."""
+        return self.outcome == "correct"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

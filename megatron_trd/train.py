@@ -6,17 +6,16 @@ torchrun --nproc-per-node 2 -m megatron_trd.train --hf-checkpoint DIR --student-
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from megatron_trd.config.cli import exit_on_value_error, parse_config
 from megatron_trd.log import configure
-from megatron_trd.tasks import TASKS, make_task
-from megatron_trd.tasks.base import Task
+from megatron_trd.tasks import TASKS, TaskMakers, make_task
 
 DRY_RUN = "Print the resolved configuration, the grid of ranks and the memory plan, and stop. Needs no GPU."
 
 
-def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Task]] = TASKS) -> None:
+def main(argv: Sequence[str] | None = None, tasks: TaskMakers = TASKS) -> None:
     """Run one training job on this rank. A project with tasks of its own passes them in."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     configure(rank)
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None, tasks: Mapping[str, Callable[[], Tas
         config, extras = parse_config(
             argv, description="Trajectory-refined distillation.", extra={"dry_run": (bool, False, DRY_RUN)}
         )
-        task = make_task(config.data.task, tasks)
+        task = make_task(config.data, tasks)
         if not extras.dry_run and "RANK" not in os.environ:
             raise ValueError("start it with torchrun --nproc-per-node N -m megatron_trd.train ..., or add --dry-run")
         # Not at the top: the processes that write checkpoints import this module anew, and need none of it.

@@ -74,7 +74,8 @@ async def evaluate(
         completion = await engine.generate(prompt_ids, params)
         if completion.finish_reason == "abort":
             return completion, None
-        return completion, await loop.run_in_executor(None, task.verify, problem, completion.text)
+        verdict = await loop.run_in_executor(None, task.grade, problem, completion.text, completion.finish_reason)
+        return completion, None if verdict.outcome == "grader_error" else verdict.correct
 
     prompts = [renderer.solve(problem) for problem in problems]
     graded = await asyncio.gather(

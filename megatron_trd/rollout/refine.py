@@ -179,7 +179,10 @@ class RolloutRunner:
         if completion.finish_reason == "abort":
             return None
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.executor, self.task.verify, problem, completion.text)
+        verdict = await loop.run_in_executor(
+            self.executor, self.task.grade, problem, completion.text, completion.finish_reason
+        )
+        return None if verdict.outcome == "grader_error" else verdict.correct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

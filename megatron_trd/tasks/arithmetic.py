@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from megatron_trd.records import Problem
+from megatron_trd.records import FinishReason, Problem, Verdict
 
 MAX_VALUE = 59
 """Every number on the way lies in 0..59."""
@@ -61,10 +61,12 @@ class ArithmeticTask:
         """Return the first `num` held-out problems."""
         return [self._problem("eval", index) for index in range(num)]
 
-    def verify(self, problem: Problem, response: str) -> bool:
-        """Return whether the last `#` that is followed by a number is followed by the answer."""
+    def grade(self, problem: Problem, response: str, finish_reason: FinishReason) -> Verdict:
+        """Compare the answer with what follows the last `#` that is followed by a number."""
         finals = _FINAL_ANSWER.findall(response)
-        return bool(finals) and finals[-1] == problem.answer
+        if not finals:
+            return Verdict(outcome="truncated" if finish_reason == "length" else "no_answer")
+        return Verdict(outcome="correct" if finals[-1] == problem.answer else "wrong", extracted=finals[-1])
 
     def _problem(self, split: str, index: int) -> Problem:
         rng = random.Random(f"{self.name} {self.num_operations} {self.seed} {split} {index}")

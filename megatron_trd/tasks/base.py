@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from megatron_trd.records import Problem
+from megatron_trd.records import FinishReason, Problem, Verdict
 
 
 class Task(Protocol):
@@ -30,6 +30,6 @@ class Task(Protocol):
         """Return the first `num` held-out problems, disjoint from every training problem."""
         ...
 
-    def verify(self, problem: Problem, response: str) -> bool:
-        """Return whether `response` (decoded text, special tokens removed) answers `problem`."""
+    def grade(self, problem: Problem, response: str, finish_reason: FinishReason) -> Verdict:
+        """Grade `response` (decoded text, special tokens removed), which ended for `finish_reason`."""
         ...

@@ -55,7 +55,7 @@ def test_trajectories_hold_the_very_ids_of_both_contexts(whole: Any, tokenizer: 
         for completion, verdict in ((t.y_o, t.y_o_correct), (t.y_r, t.y_r_correct)):
             assert completion.finish_reason == "stop" and completion.token_ids[-1] == tokenizer.eos_token_id
             assert len(completion.logprobs) == len(completion.token_ids)
-            assert verdict == task.verify(t.problem, completion.text)
+            assert verdict == task.grade(t.problem, completion.text, "stop").correct
     right = [sum(bool(getattr(t, stage)) for t in whole[1].values()) for stage in ("y_o_correct", "y_r_correct")]
     assert right[0] < right[1] == NUM  # the shipped teacher knows how to refine
 

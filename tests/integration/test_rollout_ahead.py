@@ -52,14 +52,17 @@ class Recorded(ArithmeticTask):
         return super().train_problem(index)
 
 class Locked(ArithmeticTask):
-    def __init__(self):
+    def __init__(self, data):
+        super().__init__()
         self.connection = open(os.devnull)
 
 if __name__ == "__main__":
     class Hidden(ArithmeticTask):
         pass
 
-    train.main(tasks=TASKS | {"recorded": Recorded, "locked": Locked, "hidden": Hidden})
+    train.main(
+        tasks={**TASKS, "recorded": lambda data: Recorded(), "locked": Locked, "hidden": lambda data: Hidden()}
+    )
 '''
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_trd.config.schema import DataConfig
 from megatron_trd.records import Problem
 from megatron_trd.tasks import TASKS
 from megatron_trd.tasks.arithmetic import WORDS, ArithmeticTask
@@ -22,7 +23,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def test_registry_makes_the_toy() -> None:
-    task = TASKS["arithmetic"]()
+    task = TASKS["arithmetic"](DataConfig())
     assert task.name == "arithmetic"
     assert len(task.train_problem(0).prompt.split()) == 1 + 8
 
@@ -48,7 +49,7 @@ def test_registry_makes_the_toy() -> None:
 )
 def test_verify(response: str, right: bool) -> None:
     problem = Problem(id="p", prompt="17 +3 /4", answer="5")
-    assert TASK.verify(problem, response) is right
+    assert TASK.grade(problem, response, "stop").correct is right
 
 
 def test_every_step_is_exact_and_in_range() -> None:
@@ -64,8 +65,9 @@ def test_every_step_is_exact_and_in_range() -> None:
             assert value == Fraction(result), f"{problem.prompt}: {operation} gives {value}, not {result}"
             assert 0 <= value <= 59
         assert (mark, answer) == ("#", problem.answer) and value == int(answer)
-        assert TASK.verify(problem, problem.reference_solution)
-        assert not TASK.verify(problem, problem.reference_solution.removesuffix(answer) + str((value + 1) % 60))
+        assert TASK.grade(problem, problem.reference_solution, "stop").correct
+        other = problem.reference_solution.removesuffix(answer) + str((value + 1) % 60)
+        assert TASK.grade(problem, other, "stop").outcome == "wrong"
 
 
 def test_an_index_always_gives_the_same_problem() -> None:
@@ -138,7 +140,9 @@ def _pass_rate(
     torch.manual_seed(5)
     output = model.generate(**batch, do_sample=True, temperature=0.6, top_p=0.95, top_k=0, max_new_tokens=40)
     texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(map(TASK.verify, problems, texts)) / len(problems), texts
+    return sum(TASK.grade(problem, text, "stop").correct for problem, text in zip(problems, texts, strict=True)) / len(
+        problems
+    ), texts
 
 
 def test_shipped_student_errs_but_refines_and_teacher_solves(tokenizer: PreTrainedTokenizerBase) -> None:

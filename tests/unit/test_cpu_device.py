@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_trd.mcore.cpu_device import use_cpu_where_there_is_no_cuda
-from megatron_trd.mcore.gpt import RMSNorm, layer_classes
+from megatron_trd.mcore.layers import RMSNorm, layer_classes
 from tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")

@@ -11,7 +11,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from megatron_trd.records import Completion, Problem, VersionSpan
+from megatron_trd.records import Completion, FinishReason, Problem, Verdict, VersionSpan
 from megatron_trd.rollout.engine import SamplingParams
 from megatron_trd.rollout.evaluation import (
     EvalResult,
@@ -110,8 +110,8 @@ class Coin:
     def solve(self, problem: Problem) -> tuple[int, ...]:
         return (int(problem.id),)
 
-    def verify(self, problem: Problem, response: str) -> bool:
-        return response == problem.answer
+    def grade(self, problem: Problem, response: str, finish_reason: FinishReason) -> Verdict:
+        return Verdict(outcome="correct" if response == problem.answer else "wrong")
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         self.seeds.append(params.sampling_seed)

@@ -37,8 +37,8 @@ def test_held_out_problems_and_verdicts(tmp_path: Path) -> None:
     problems = task.eval_problems(3)
     assert [problem.prompt for problem in problems] == [f"What is {i} + 1?" for i in (10, 11, 12)]
     assert problems[0].reference_solution == "10 + 1" and len({problem.id for problem in task.eval_problems(99)}) == 5
-    assert task.verify(problems[0], r"<think>12?</think>\boxed{011}")
-    assert not task.verify(problems[0], r"\boxed{12}")
+    assert task.grade(problems[0], r"<think>12?</think>\boxed{011}", "stop").correct
+    assert task.grade(problems[0], r"\boxed{12}", "stop").outcome == "wrong"
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_trd.config.schema import DataConfig
 from megatron_trd.records import Problem
 from megatron_trd.tasks import TASKS
 from megatron_trd.tasks.prompts import PromptTemplates, fill
@@ -16,7 +17,7 @@ WITHOUT_REFERENCE = Problem(id="p-8", prompt="17 +3", answer="20")
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """A copy of the toy's templates that a test may spoil."""
-    return Path(shutil.copytree(TASKS["arithmetic"]().template_dir, tmp_path / "prompts"))
+    return Path(shutil.copytree(TASKS["arithmetic"](DataConfig()).template_dir, tmp_path / "prompts"))
 
 
 def test_fill_never_reads_what_it_filled_in() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_trd.config.schema import MethodConfig
-from megatron_trd.records import Completion, Problem, Trajectory
+from megatron_trd.records import Completion, FinishReason, Problem, Trajectory, Verdict
 from megatron_trd.rollout.engine import SamplingParams
 from megatron_trd.rollout.refine import RolloutRunner, stable_seed, summarize, to_sample
 
@@ -41,8 +41,8 @@ class Task:
 
     name, template_dir, epistemic_words = "words", Path(), ()
 
-    def verify(self, problem: Problem, response: str) -> bool:
-        return response == problem.answer
+    def grade(self, problem: Problem, response: str, finish_reason: FinishReason) -> Verdict:
+        return Verdict(outcome="correct" if response == problem.answer else "wrong")
 
 
 class Renderer:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_trd.records import Completion, Problem, Trajectory, VersionSpan
+from megatron_trd.records import Completion, FinishReason, Problem, Trajectory, Verdict, VersionSpan
 from megatron_trd.rollout.engine import SamplingParams
 from megatron_trd.rollout.refine import MAX_REDONE, RolloutBatch, RolloutRunner
 from megatron_trd.rollout.staleness import behind, iteration_of, staleness_metrics, weight_version
@@ -76,8 +76,8 @@ class Task:
 
     name, template_dir, epistemic_words = "any", Path(), ()
 
-    def verify(self, problem: Problem, response: str) -> bool:
-        return True
+    def grade(self, problem: Problem, response: str, finish_reason: FinishReason) -> Verdict:
+        return Verdict(outcome="correct")
 
 
 class Engine:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_trd.records import Problem
+from megatron_trd.records import FinishReason, Problem, Verdict
 from megatron_trd.tasks.math_problems.verifier import verify_answer
 
 
@@ -46,9 +46,9 @@ class MathTask:
         """Return the first `num` held-out problems, or all there are."""
         return self._eval[:num]
 
-    def verify(self, problem: Problem, response: str) -> bool:
-        """Return whether the response's last box equals the answer; a comparison without verdict counts as wrong."""
-        return verify_answer(response, problem.answer).correct
+    def grade(self, problem: Problem, response: str, finish_reason: FinishReason) -> Verdict:
+        """Compare the response's last box with the answer."""
+        return verify_answer(response, problem.answer, finish_reason=finish_reason)
 
 
 @lru_cache(maxsize=4)

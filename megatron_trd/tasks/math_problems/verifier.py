@@ -6,10 +6,10 @@ import atexit
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
+from megatron_trd.records import Verdict
 from megatron_trd.tasks.math_problems.compare import equal_answers
 from megatron_trd.tasks.math_problems.extract import after_thinking, last_box, open_boxes
 from megatron_trd.tasks.math_problems.pool import GraderError, MathWorkerPool
@@ -17,24 +17,6 @@ from megatron_trd.tasks.math_problems.strict_string import strict_box, strictly_
 
 Profile = Literal["default", "strict-string", "amo"]
 AmoAnswerType = Literal["number", "set", "variable"]
-Outcome = Literal["correct", "wrong", "no_answer", "truncated", "grader_error"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What became of one response."""
-
-    outcome: Outcome
-    """`truncated`: cut off before an answer; `grader_error`: the comparison did not end, so nobody knows."""
-    extracted: str | None = None
-    """The answer that was compared."""
-    error: str | None = None
-    """Why there is a `grader_error`."""
-
-    @property
-    def correct(self) -> bool:
-        """Whether the response counts as right; a `grader_error` does not."""
-        return self.outcome == "correct"
 
 
 def verify_answer(

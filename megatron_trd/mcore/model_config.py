@@ -1,0 +1,69 @@
+"""From a Hugging Face config and our flags to Megatron's `TransformerConfig`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_trd.config.schema import ModelConfig
+from megatron_trd.mcore.groups import Groups
+from megatron_trd.mcore.hf_config import HFModel
+
+
+def transformer_config(
+    hf: HFModel, model: ModelConfig, groups: Groups, *, sequence_parallel: bool, virtual_stages: int
+) -> TransformerConfig:
+    """Translate a Hugging Face config to Megatron's."""
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    recompute: dict[str, Any] = {}
+    if model.recompute_granularity == "full":
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": model.recompute_num_layers,
+        }
+    return TransformerConfig(
+        num_layers=hf.geometry.num_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.ffn_hidden_size,
+        num_attention_heads=hf.geometry.num_query_groups * hf.geometry.heads_per_group,
+        num_query_groups=hf.geometry.num_query_groups,
+        kv_channels=hf.geometry.head_dim,
+        layernorm_epsilon=hf.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf.family.qkv_bias,
+        qk_layernorm=hf.family.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=groups.tp_size,
+        pipeline_model_parallel_size=groups.pp_size,
+        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+        context_parallel_size=groups.cp_size,
+        sequence_parallel=sequence_parallel,
+        variable_seq_lengths=True,  # packed streams differ in length
+        moe_token_dispatcher_type="alltoall",  # which variable lengths ask for, experts or not
+        deallocate_pipeline_outputs=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.bf16,
+        use_cpu_initialization=groups.device.type == "cpu",
+        # Fusions that need apex, or a compiler on the CPU.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        # A batch mixes up the directions, and waiting for each message locks up, between two interleaved stages.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=virtual_stages > 1,
+        calculate_per_token_loss=True,  # the weights of the tokens already carry the normaliser
+        **recompute,
+    )
