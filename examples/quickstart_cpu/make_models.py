@@ -198,9 +198,14 @@ def sample(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, messages
     return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def is_right(problem: Problem, response: str) -> bool:
+    """Return whether a whole response answers its problem."""
+    return TASK.grade(problem, response, "stop").correct
+
+
 def share_right(problems: Sequence[Problem], responses: Sequence[str]) -> float:
     """Return the share of responses that answer their problem."""
-    return sum(map(TASK.verify, problems, responses)) / len(problems)
+    return sum(map(is_right, problems, responses)) / len(problems)
 
 
 def measure(output: Path, num_problems: int = 512) -> None:
@@ -214,7 +219,7 @@ def measure(output: Path, num_problems: int = 512) -> None:
     y_o = sample(student, tokenizer, [TEMPLATES.solve(p) for p in problems])
     for role, model in (("student", student), ("teacher", teacher)):
         solved = sample(model, tokenizer, [TEMPLATES.solve(p) for p in repeated])
-        right = torch.tensor(list(map(TASK.verify, repeated, solved))).view(128, 8)
+        right = torch.tensor(list(map(is_right, repeated, solved))).view(128, 8)
         average, passed = right.float().mean().item(), right.any(1).float().mean().item()
         print(f"{role} solves: avg@8 {average:.3f}, pass@8 {passed:.3f} (128 problems)")
     print(f"y_o of the student right: {share_right(problems, y_o):.3f} ({num_problems} problems, as below)")
