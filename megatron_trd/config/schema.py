@@ -54,6 +54,11 @@ class ModelConfig:
     """`full`: recompute each layer's activations in the backward pass."""
     recompute_num_layers: int = 1
     """Layers per recomputed block."""
+    offload_teacher: bool = False
+    """Keep a teacher's own weights in host memory between its forward passes; its output layer stays on the device."""
+    teacher_hidden_mb: int = 4096
+    """Teacher hidden states of a step that stay on the device, in MiB; what is beyond waits in pinned host memory.
+    Pipeline stages and `--offload-teacher` keep those of a whole step, other runs those of one micro-batch."""
 
     def __post_init__(self) -> None:
         _require(
@@ -68,6 +73,7 @@ class ModelConfig:
             self.recompute_num_layers,
             "give a positive integer",
         )
+        _require(self.teacher_hidden_mb >= 0, "teacher-hidden-mb", self.teacher_hidden_mb, "give 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -470,6 +476,13 @@ class Config:
             "teacher-hf-checkpoint",
             self.model.teacher_hf_checkpoint,
             "--mode opsd teaches with the student's own weights; leave it out or use --mode opd",
+        )
+        shares = not opd and (self.method.opsd_teacher == "current" or self.lora.lora_rank > 0)
+        _require(
+            not (self.model.offload_teacher and shares),
+            "offload-teacher",
+            True,
+            "this teacher is the student's own backbone and has no weights of its own; leave it out",
         )
         online = self.data.trajectories is None
         _require(

@@ -52,10 +52,18 @@ def run_schedule(
 
 
 @torch.no_grad()
-def rows_without_gradients(model: GPTChunks, streams: Sequence[PackedStream], groups: Groups) -> list[Tensor]:
+def rows_without_gradients(
+    model: GPTChunks,
+    streams: Sequence[PackedStream],
+    groups: Groups,
+    keep: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
     """Return each stream's hidden states as `response_rows` deals them, on the last stage; elsewhere nothing.
 
     Collective over all ranks that share the streams.
+
+    Args:
+        keep: what becomes of each until all are there.
     """
     sequence_parallel = model.config.sequence_parallel
 
@@ -64,7 +72,7 @@ def rows_without_gradients(model: GPTChunks, streams: Sequence[PackedStream], gr
         hidden = forward_stream(chunk, stream, groups)
 
         def rows(hidden: Tensor, non_loss_data: bool = True) -> Tensor:
-            return response_rows(hidden.squeeze(1), stream, groups, sequence_parallel=sequence_parallel)
+            return keep(response_rows(hidden.squeeze(1), stream, groups, sequence_parallel=sequence_parallel))
 
         return hidden, rows
 

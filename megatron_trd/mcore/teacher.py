@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -14,16 +14,35 @@ from megatron_trd.mcore.gpt import GPTChunks, build_gpt
 from megatron_trd.mcore.groups import Groups
 from megatron_trd.mcore.hf_config import HFModel
 from megatron_trd.mcore.lora import adapters_disabled
+from megatron_trd.mcore.offload import BoundedRows, OffloadedWeights
 from megatron_trd.mcore.schedule import rows_without_gradients
 
 
 class Teacher:
     """Gives hidden states along the teacher's stream, without gradients."""
 
-    def __init__(self, model: GPTChunks, groups: Groups, *, without_adapters: bool = False) -> None:
-        self._model = model
-        self._groups = groups
-        self._without_adapters = without_adapters
+    def __init__(
+        self,
+        model: GPTChunks,
+        groups: Groups,
+        *,
+        max_hidden_bytes: int,
+        without_adapters: bool = False,
+        offload: bool = False,
+    ) -> None:
+        """Teach with a model.
+
+        Args:
+            max_hidden_bytes: of the hidden states of a whole step, so many stay on the device.
+            without_adapters: the model is the student's; teach with its base.
+            offload: keep the weights in host memory between forwards, but for the output layer, which the loss needs.
+        """
+        self._model, self._groups = model, groups
+        self._max_hidden_bytes, self._without_adapters = max_hidden_bytes, without_adapters
+        self._offloaded: OffloadedWeights | None = None
+        if offload:
+            head = id(model.output_weight) if groups.is_last_stage else None
+            self._offloaded = OffloadedWeights((p for p in model.parameters() if id(p) != head), groups.device)
 
     @property
     def output_weight(self) -> Tensor:
@@ -33,19 +52,23 @@ class Teacher:
     def rows(self, streams: Sequence[PackedStream]) -> Iterator[Tensor]:
         """Yield, for one micro-batch after the other, the teacher's hidden states that predict the response tokens.
 
-        Without a pipeline each is computed when it is asked for. Stages work on many micro-batches at a time, so
-        with a pipeline all are computed here, and the last stage keeps them; the other stages yield nothing.
+        Each is computed when it is asked for. But stages of a pipeline work on many micro-batches at a time, and
+        offloaded weights should travel once: then all are computed here, and the last stage keeps them; the other
+        stages yield nothing.
         """
-        if self._groups.pp_size == 1:
-            return (row for stream in streams for row in self._compute([stream]))
-        return iter(self._compute(streams))
+        if self._groups.pp_size == 1 and self._offloaded is None:
+            return (row for stream in streams for row in self._compute([stream], lambda rows: rows))
+        bounded = BoundedRows(self._max_hidden_bytes, self._groups.device)
+        return bounded.hand_out(self._compute(streams, bounded.keep))
 
-    def _compute(self, streams: Sequence[PackedStream]) -> list[Tensor]:
+    def _compute(self, streams: Sequence[PackedStream], keep: Callable[[Tensor], Tensor]) -> list[Tensor]:
         was_training = self._model.training
         self._model.eval()
-        base: AbstractContextManager = adapters_disabled(self._model) if self._without_adapters else nullcontext()
-        with base:
-            rows = rows_without_gradients(self._model, streams, self._groups)
+        with (
+            adapters_disabled(self._model) if self._without_adapters else nullcontext(),
+            self._offloaded.on_device() if self._offloaded else nullcontext(),
+        ):
+            rows = rows_without_gradients(self._model, streams, self._groups, keep)
         self._model.train(was_training)
         return rows
 
@@ -56,11 +79,14 @@ def build_teacher(config: Config, groups: Groups, student: GPTChunks, teacher_hf
     `--mode opd`: the teacher's checkpoint. `--mode opsd`: `current` is the student itself; `initial` is its base
     without adapters under LoRA, and a frozen copy of its first weights in full fine-tuning.
     """
+    max_hidden_bytes = config.model.teacher_hidden_mb * 2**20
     if config.method.mode == "opsd":
         if config.method.opsd_teacher == "current":
-            return Teacher(student, groups)
+            return Teacher(student, groups, max_hidden_bytes=max_hidden_bytes)
         if config.lora.lora_rank > 0:
-            return Teacher(student, groups, without_adapters=True)
+            return Teacher(student, groups, max_hidden_bytes=max_hidden_bytes, without_adapters=True)
     model = build_gpt(teacher_hf, config.model, groups, sequence_parallel=config.parallel.sequence_parallel)
     hf_weights.load(model, groups)
-    return Teacher(model.requires_grad_(False), groups)
+    return Teacher(
+        model.requires_grad_(False), groups, max_hidden_bytes=max_hidden_bytes, offload=config.model.offload_teacher
+    )
