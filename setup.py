@@ -32,6 +32,7 @@ setup(
         "pyyaml",
         "tensorboard",
         "math-verify[antlr4_13_2]",
+        "matplotlib",  # pictures of the report
         "psutil",  # Megatron's checkpoint writer hangs without it and does not ask for it
     ],
 )

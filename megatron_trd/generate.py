@@ -17,15 +17,20 @@ from pathlib import Path
 from megatron_trd.config.cli import exit_on_value_error, parse_config
 from megatron_trd.config.schema import Config
 from megatron_trd.log import configure, get_logger
-from megatron_trd.records import Problem
-from megatron_trd.rollout.refine import RolloutRunner, sampling_params
+from megatron_trd.records import Problem, Trajectory
+from megatron_trd.rollout.grading import warn_of_grader_errors
+from megatron_trd.rollout.refine import RolloutRunner, describe_refinement, sampling_params
 from megatron_trd.rollout.remembered import RememberingEngine
 from megatron_trd.rollout.renderer import Renderer
 from megatron_trd.rollout.sglang import SGLangFleet
+from megatron_trd.rollout.show_prompts import show_prompts
+from megatron_trd.rollout.summary import verdicts_of
 from megatron_trd.rollout.trajectory_file import TrajectoryWriter
 from megatron_trd.rollout.vocabulary import load_tokenizer
 from megatron_trd.tasks import TASKS, TaskMakers, make_task
 from megatron_trd.tasks.base import Task
+from megatron_trd.tasks.corpus import file_sha256
+from megatron_trd.train import SHOW_PROMPTS
 from megatron_trd.weight_sync.base import ServerError
 
 logger = get_logger(__name__)
@@ -35,8 +40,8 @@ PROGRESS_EVERY = 100
 async def generate(config: Config, task: Task, output: str | Path, num_problems: int) -> int:
     """Write the trajectories of the first `num_problems` training problems; return how many were missing.
 
-    A trajectory whose y_o failed is not written: the next run tries it again. Until all is done, each y_o is kept in
-    `<output>.y_o.jsonl`: a run that was killed before a y_r ended does not sample its y_o again.
+    A trajectory whose y_o failed is not written: the next run tries it again. Until all is done, what the student
+    samples is kept in `<output>.y_o.jsonl`: a run that was killed before a y_r ended does not sample its y_o again.
     """
     tokenizer = load_tokenizer(config.model.hf_checkpoint, "hf-checkpoint")
     renderer = Renderer.from_config(config, task, tokenizer)
@@ -56,7 +61,8 @@ async def generate(config: Config, task: Task, output: str | Path, num_problems:
         ):
             problems = list(missing_problems(task, num_problems, writer.done_ids))
             logger.info("%s: %d trajectories are there, %d to make", output, len(writer.done_ids), len(problems))
-            runner = RolloutRunner(stage_one, refiner, renderer, task, sampling, config.data.seed)
+            runner = RolloutRunner(stage_one, refiner, renderer, task, sampling, config.data.seed, method=config.method)
+            unchecked: list[Trajectory] = []
             async for trajectory in runner.stream(problems, iteration=0):
                 if trajectory.y_o.finish_reason == "abort":
                     num_failed += 1
@@ -64,8 +70,12 @@ async def generate(config: Config, task: Task, output: str | Path, num_problems:
                     continue
                 writer.append(trajectory)
                 num_written += 1
+                unchecked.append(trajectory)
                 if num_written % PROGRESS_EVERY == 0:
                     logger.info("%d of %d", num_written, len(problems))
+                    warn_of_grader_errors(verdicts_of(unchecked))
+                    unchecked.clear()
+            warn_of_grader_errors(verdicts_of(unchecked))
     logger.info("wrote %d trajectories, %d failed", num_written, num_failed)
     return num_failed
 
@@ -85,13 +95,15 @@ async def fingerprint_of(
 ) -> dict[str, str]:
     """Describe what decides the content of a trajectory, readable enough to tell what differs."""
     rollout = config.rollout
-    prompts = repr((renderer.templates, renderer.tokenizer.chat_template, rollout.thinking))
+    prompts = repr((renderer.templates, renderer.tokenizer.chat_template, renderer.thinking, renderer.refiner_thinking))
     budgets = (rollout.max_prompt_tokens, rollout.max_response_tokens, rollout.max_refine_prompt_tokens)
     return {
         "task": config.data.task,
+        "data": " ".join(file_sha256(path)[:16] for path in config.data.train_data) or "none",
         "mode": config.method.mode,
         "student": await student.model_name(),
         "refiner": await refiner.model_name() if refiner else "none",
+        "refinement": describe_refinement(config.method),
         "prompts": blake2b(prompts.encode(), digest_size=8).hexdigest(),
         "sampling": f"T {rollout.rollout_temperature}, top-p {rollout.rollout_top_p}, top-k {rollout.rollout_top_k}",
         "budgets": "/".join(map(str, budgets)),
@@ -113,11 +125,15 @@ def main(argv: Sequence[str] | None = None, tasks: TaskMakers = TASKS) -> None:
                     None,
                     "Training problems to take; unset = `--num-iterations` times `--rollout-batch-size`.",
                 ),
+                "show_prompts": (int, 0, SHOW_PROMPTS),
             },
         )
+        task = make_task(config, tasks, trains=True, evaluates=False, grades=not extras.show_prompts)
+        if extras.show_prompts:
+            print(show_prompts(config, task, extras.show_prompts), end="")
+            return
         if not extras.output:
             raise ValueError("--output (unset): give the JSONL file to write")
-        task = make_task(config.data, tasks)
         num_problems = extras.num_problems or config.data.num_iterations * config.data.rollout_batch_size
         try:
             num_failed = asyncio.run(generate(config, task, extras.output, num_problems))

@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from megatron_trd.config.cli import save_resolved, to_yaml
 from megatron_trd.config.schema import Config
 from megatron_trd.data.broadcast import make_handout_group
 from megatron_trd.log import get_logger
-from megatron_trd.mcore import checkpoint, hf_weights
+from megatron_trd.mcore import hf_weights
+from megatron_trd.mcore.acceleration import require_shapes
+from megatron_trd.mcore.checkpoint_files import require_writable, resume_point
+from megatron_trd.mcore.experts import require_expert_grid
 from megatron_trd.mcore.groups import destroy_groups, initialize_groups
 from megatron_trd.mcore.hf_config import HFModel, common_padding, read_hf_model
-from megatron_trd.mcore.plan import memory_plan
 from megatron_trd.mcore.student import Student
 from megatron_trd.mcore.teacher import build_teacher
 from megatron_trd.metrics import Reporter
-from megatron_trd.report import closing_table, summarize_run
+from megatron_trd.planning import report
+from megatron_trd.planning.devices import this_device
+from megatron_trd.planning.plan import Resources, make_plan
+from megatron_trd.reporting.table import closing_table, summarize_run
 from megatron_trd.rollout.vocabulary import epistemic_token_ids, load_tokenizer, require_same_vocabulary
 from megatron_trd.rollout.world import World
 from megatron_trd.tasks.base import Task
@@ -27,12 +34,17 @@ logger = get_logger(__name__)
 
 
 def describe(config: Config, world_size: int) -> str:
-    """Describe a run without starting it."""
-    student, teacher = read_models(config)
+    """Describe a run without starting it: its memory and its time are those of `tools/plan_run.py`.
+
+    Raises:
+        ValueError: a model or a layout cannot be used.
+    """
+    read_models(config)
     parallel = config.parallel
     size = parallel.model_parallel_size
     world_size = max(world_size, size)  # without torchrun: the smallest grid
-    plan = memory_plan(config, student, teacher, world_size)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    plan = make_plan(config, Resources.of(config, world_size, this_device(gpu)))
     steps = total_steps(config)
     return "\n".join(
         (
@@ -42,8 +54,8 @@ def describe(config: Config, world_size: int) -> str:
             f"{world_size // size}",
             f"steps: {steps} ({config.data.num_iterations} iterations)",
             f"trainable parameters: {plan.trainable_parameters:,}",
-            "memory of one rank:",
-            plan.table(),
+            "",
+            report.text(plan),
             "",
         )
     )
@@ -56,7 +68,8 @@ def run(config: Config, task: Task, rank: int, local_rank: int) -> None:
         ValueError: a flag, a model, a server or a file cannot be used.
     """
     run_dir = Path(config.checkpoint.run_dir)
-    start = checkpoint.resume_point(run_dir / "checkpoints", config.checkpoint.resume)
+    require_writable(run_dir)
+    start = resume_point(run_dir / "checkpoints", config.checkpoint.resume)
     student_hf, teacher_hf = read_models(config)
     tokenizer = load_tokenizer(student_hf.path, "hf-checkpoint")
     if teacher_hf.path != student_hf.path:
@@ -79,7 +92,7 @@ def run(config: Config, task: Task, rank: int, local_rank: int) -> None:
             save_resolved(config, run_dir / "config.yaml")
         trainer = Trainer(config, groups, handout_group, student, teacher, world, reporter)
         if start is not None:
-            trainer.resume(start)
+            trainer.resume()
         after = trainer.run()
         export(config, student, rank)
         if rank == 0:
@@ -97,9 +110,12 @@ def read_models(config: Config) -> tuple[HFModel, HFModel]:
     """Read the shapes of student and teacher, with their vocabularies padded to the same rows."""
     tp_size = config.parallel.tensor_model_parallel_size
     student = read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", tp_size)
-    teacher = student
+    teacher, models = student, {"hf-checkpoint": student}
     if config.model.teacher_hf_checkpoint is not None:
         teacher = read_hf_model(config.model.teacher_hf_checkpoint, "teacher-hf-checkpoint", tp_size)
+        models["teacher-hf-checkpoint"] = teacher
+    require_expert_grid(config.parallel, models, config.model.moe_aux_loss_coeff)
+    require_shapes(config, student)
     return common_padding(student, teacher, config.model.make_vocab_size_divisible_by, tp_size)
 
 

@@ -147,8 +147,12 @@ def _is_score(tag: str) -> bool:
 
 def read_metrics(run_dir: str | Path, tag: str) -> list[float]:
     """Return what a metric was in each iteration that has it. Raises ValueError naming file and line."""
-    lines = (json.loads(line) for _, line in _lines_of(Path(run_dir) / "metrics.jsonl"))
-    return [metrics[tag] for metrics in lines if tag in metrics]
+    return [metrics[tag] for metrics in read_iterations(run_dir) if tag in metrics]
+
+
+def read_iterations(run_dir: str | Path) -> list[dict[str, float]]:
+    """Return all metrics of each iteration, `iteration` among them. Raises ValueError naming file and line."""
+    return [json.loads(line) for _, line in _lines_of(Path(run_dir) / "metrics.jsonl")]
 
 
 def _lines_of(path: Path) -> Iterator[tuple[int, str]]:

@@ -13,6 +13,7 @@ from megatron_trd.log import configure
 from megatron_trd.tasks import TASKS, TaskMakers, make_task
 
 DRY_RUN = "Print the resolved configuration, the grid of ranks and the memory plan, and stop. Needs no GPU."
+SHOW_PROMPTS = "Print every prompt of this many training problems as the servers get it, and stop. Needs no server."
 
 
 def main(argv: Sequence[str] | None = None, tasks: TaskMakers = TASKS) -> None:
@@ -21,12 +22,27 @@ def main(argv: Sequence[str] | None = None, tasks: TaskMakers = TASKS) -> None:
     configure(rank)
     with exit_on_value_error():
         config, extras = parse_config(
-            argv, description="Trajectory-refined distillation.", extra={"dry_run": (bool, False, DRY_RUN)}
+            argv,
+            description="Trajectory-refined distillation.",
+            extra={"dry_run": (bool, False, DRY_RUN), "show_prompts": (int, 0, SHOW_PROMPTS)},
         )
-        task = make_task(config.data, tasks)
-        if not extras.dry_run and "RANK" not in os.environ:
+        if not (extras.dry_run or extras.show_prompts) and "RANK" not in os.environ:
             raise ValueError("start it with torchrun --nproc-per-node N -m megatron_trd.train ..., or add --dry-run")
+        # Only rank 0 draws problems: the others need not read the files.
+        samples, evaluates = config.data.trajectories is None, bool(config.rollout.student_urls)
+        task = make_task(
+            config,
+            tasks,
+            trains=rank == 0 and (samples or extras.show_prompts > 0),
+            evaluates=rank == 0 and evaluates and config.eval.eval_num_problems > 0 and not extras.show_prompts,
+            grades=not (extras.show_prompts or extras.dry_run),
+        )
         # Not at the top: the processes that write checkpoints import this module anew, and need none of it.
+        if extras.show_prompts:
+            from megatron_trd.rollout.show_prompts import show_prompts
+
+            print(show_prompts(config, task, extras.show_prompts) if rank == 0 else "", end="")
+            return
         from megatron_trd import job
 
         if extras.dry_run:

@@ -11,10 +11,10 @@ optimizer update.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from megatron_trd.config.schema import Config
 from megatron_trd.data.broadcast import run_on_rank_zero
 from megatron_trd.data.packing import Multiples, StepBatch, pack, pack_in_order, stream_lengths
 from megatron_trd.log import get_logger
-from megatron_trd.mcore import checkpoint
+from megatron_trd.mcore.checkpoint import Checkpoints
 from megatron_trd.mcore.groups import Groups
 from megatron_trd.mcore.student import Student
 from megatron_trd.mcore.teacher import Teacher
@@ -32,8 +32,10 @@ from megatron_trd.metrics import MetricSums, Reporter, StageClock
 from megatron_trd.objectives.diagnostics import NAMES, Sums, with_perplexities
 from megatron_trd.objectives.drift import ALARM_NATS, watch_drift
 from megatron_trd.records import Sample, Trajectory
-from megatron_trd.rollout.refine import RolloutBatch, to_sample
+from megatron_trd.rollout.refine import RolloutBatch
+from megatron_trd.rollout.saved_trajectories import save_trajectories
 from megatron_trd.rollout.staleness import weight_version
+from megatron_trd.rollout.to_sample import to_sample
 
 logger = get_logger(__name__)
 
@@ -133,18 +135,20 @@ class Trainer:
         self.world, self.reporter = world, reporter
         self.progress = Progress()
         self.clock = StageClock()
-        self.checkpoints = Path(config.checkpoint.run_dir) / "checkpoints"
+        self.checkpoints = Checkpoints(config.checkpoint, groups)
 
-    def resume(self, iteration: int) -> None:
-        """Go on after the checkpoint of `iteration`. Collective over all ranks."""
-        self.progress = Progress(**checkpoint.load(self.checkpoints, iteration, self.student, self.groups))
+    def resume(self) -> None:
+        """Go on after the newest good checkpoint. Collective over all ranks."""
+        self.progress = Progress(**self.checkpoints.resume(self.student))
         self.clock.totals.update(self.progress.seconds)
-        logger.info("resumed after iteration %d of %s", iteration, self.checkpoints)
+        logger.info("resumed after iteration %d of %s", self.progress.iteration, self.checkpoints.root)
         if self.reporter:
-            self.reporter.rewind(iteration)
+            self.reporter.rewind(self.progress.iteration)
 
     def run(self) -> dict[str, Any] | None:
         """Train to the end; return the final evaluation (on rank 0)."""
+        gc.collect()
+        gc.freeze()  # every save collects garbage, and need not look through models and libraries for it
         self._publish()
         if self.progress.iteration == 0:
             self.progress.before = self._evaluate()
@@ -158,6 +162,8 @@ class Trainer:
             self._report(metrics)
             if self.config.checkpoint.save_checkpoints and (last or self._due(self.config.checkpoint.save_interval)):
                 self._save()
+        with self.clock("checkpoint"):
+            self.checkpoints.finish()
         return after if after is not None else self._evaluate()
 
     def _iterate(self) -> dict[str, float]:
@@ -169,6 +175,8 @@ class Trainer:
             batch = self.world.rollout(self.progress.iteration, self.progress.cursor)
             self.world.rest()
             metrics.update(batch.metrics())
+            if self.config.checkpoint.save_trajectories:
+                save_trajectories(self.config, self.progress.iteration + 1, batch.trajectories)
             for stage, seconds in batch.stage_seconds.items():
                 self.clock.note(f"rollout, {stage}", seconds)
             return self._pack(batch.trajectories, self._samples(batch.trajectories, metrics))
@@ -194,7 +202,7 @@ class Trainer:
         with self.clock("checkpoint"):
             self.progress.seconds = dict(self.clock.totals)
             progress = run_on_rank_zero(lambda: asdict(self.progress), self.handout_group)  # the full one, everywhere
-            checkpoint.save(self.checkpoints, self.student, self.groups, progress)
+            self.checkpoints.save(self.student, progress)
 
     # ------------------------------------------------------------------ trajectories -> packed steps (rank 0)
 
@@ -219,7 +227,7 @@ class Trainer:
                 num_steps=num_steps,
                 dp_size=self.groups.dp_size,
                 max_tokens=data.max_tokens_per_micro_batch,
-                multiples=Multiples.of(self.config.parallel),
+                multiples=Multiples.of(self.config.parallel, self.config.model.tokens_multiple),
                 normalization=self.config.objective.loss_normalization,
             )
 
@@ -312,7 +320,8 @@ class Trainer:
         probe = run_on_rank_zero(lambda: self.world.probe() if self.world else [], self.handout_group)
         if not probe:
             return {}
-        batch = pack_in_order([sample for sample, _ in probe], Multiples.of(self.config.parallel))
+        multiples = Multiples.of(self.config.parallel, self.config.model.tokens_multiple)
+        batch = pack_in_order([sample for sample, _ in probe], multiples)
         ours = self.student.response_logprobs(batch, self.config.rollout.rollout_temperature or 1.0)
         served = torch.tensor([logprob for _, logprobs in probe for logprob in logprobs], dtype=torch.float64)
         alarm = self.config.rollout.drift_alarm_nats or ALARM_NATS["bf16" if self.config.model.bf16 else "fp32"]

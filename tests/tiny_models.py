@@ -13,23 +13,31 @@ VOCAB = 91
 
 
 def make_model(
-    path: Path, *, family: str = "qwen3", hidden: int = 64, layers: int = 2, tied: bool = True, seed: int = 0
+    path: Path,
+    *,
+    family: str = "qwen3",
+    hidden: int = 64,
+    layers: int = 2,
+    tied: bool = True,
+    seed: int = 0,
+    **settings: object,
 ):
     """Write a model whose weights are large enough that attention and output distributions are peaked."""
     torch.manual_seed(seed)
-    extra = {"head_dim": 32} if family == "qwen3" else {}
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        **extra,
-    )
+    extra = {"head_dim": 32} if family.startswith("qwen3") else {}
+    if family == "qwen3_moe":
+        extra |= {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": hidden,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+    }
+    config = AutoConfig.for_model(family, **(common | extra | settings))
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -31,6 +31,15 @@ find_python() {
 may_install_packages() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
 apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install -y "$@"; }
 
+# What runs the programs of a model; without it --task code refuses to, and the tests of it are skipped.
+install_bubblewrap() {
+  if ! command -v bwrap >/dev/null && may_install_packages; then
+    say "installing the system's bubblewrap"
+    { apt-get update && apt_install bubblewrap; } >>"$log" 2>&1 || true
+  fi
+  command -v bwrap >/dev/null || say "bubblewrap is missing: no program of a model will run; apt-get install bubblewrap"
+}
+
 make_venv() {
   local python version output
   python="$(find_python)"

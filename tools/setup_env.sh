@@ -22,3 +22,4 @@ fill() {
 }
 
 set_up "$({ cat "${requirements[@]}" "$root"/{setup.py,tools/setup_env.sh,tools/setup_common.sh}; echo "$root $venv"; } | cksum)" fill
+install_bubblewrap

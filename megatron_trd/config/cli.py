@@ -68,7 +68,7 @@ class Flag:
 
     def parse(self, raw: Any, where: str) -> Any:
         """Return `raw` (text of a flag, or a YAML value) as the field's type; ValueError names `where`."""
-        if raw is None or raw == "none":
+        if raw is None or (raw == "none" and "none" not in self.choices):
             if self.optional:
                 return None
         elif self.kind is tuple:
@@ -199,7 +199,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _flag(section: str | None, name: str, hint: Any, default: Any, help: str) -> Flag:
     options = typing.get_args(hint)
-    optional = isinstance(hint, types.UnionType) and type(None) in options
+    optional = typing.get_origin(hint) in (types.UnionType, typing.Union) and type(None) in options
     if optional:
         (hint,) = (option for option in options if option is not type(None))
     choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()

@@ -17,6 +17,9 @@ def _require(ok: bool, flag: str, value: object, remedy: str) -> None:
         raise ValueError(f"--{flag} {value}: {remedy}")
 
 
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodConfig:
     """Which distillation: who teaches, along which trajectory."""
@@ -32,6 +35,45 @@ class MethodConfig:
     on_bad_refinement: Literal["keep", "drop", "use_y_o"] = "use_y_o"
     """What to train on when y_r is empty, truncated or failed: `keep` it if it has tokens, `drop` the problem, or
     `use_y_o` with the vanilla teacher context. Counted in the metrics."""
+    refine_samples: int = 1
+    """Refinements sampled of each y_o; all are graded and `--refine-select` takes one."""
+    refine_select: Literal["first", "verified", "shortest-verified"] = "first"
+    """The refinement that becomes y_r: the first, the first that is right, or the one with the fewest tokens among
+    those that are right; the first where none is."""
+    refine_from: Literal["start", "failing-prefix"] = "start"
+    """Where y_r parts from a wrong y_o: at its start, or behind the last step from which the student still reaches the
+    answer. Of a right y_o all is rewritten."""
+    prefix_steps: Literal["lines", "paragraphs", "tokens"] = "lines"
+    """What a step of y_o is for `--refine-from failing-prefix`."""
+    prefix_continuations: int = 4
+    """Continuations that the student samples from each prefix of y_o that is tried."""
+    prefix_min_correct: int = 1
+    """Right ones among them for the prefix to count as one that still reaches the answer."""
+    prefix_loss: Literal["whole", "rewritten"] = "whole"
+    """Train on the whole y_r, or only on what the refiner wrote behind the kept prefix of y_o."""
+    refiner_reasoning: Literal["auto", "keep", "context", "drop"] = "auto"
+    """The reasoning block of y_r: `keep` trains on it, `context` shows it to the teacher alone, `drop` to nobody;
+    `auto` = `context` where y_r has one."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("refine-samples", self.refine_samples),
+            ("prefix-continuations", self.prefix_continuations),
+            ("prefix-min-correct", self.prefix_min_correct),
+        ):
+            _require(value >= 1, flag, value, "give a positive integer")
+        _require(
+            self.refine_select == "first" or self.refine_samples > 1,
+            "refine-select",
+            self.refine_select,
+            "there is nothing to choose from; raise --refine-samples",
+        )
+        _require(
+            self.prefix_min_correct <= self.prefix_continuations,
+            "prefix-min-correct",
+            self.prefix_min_correct,
+            f"no prefix can have that many; give at most --prefix-continuations {self.prefix_continuations}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +84,54 @@ class ModelConfig:
     """Hugging Face directory of the student: config.json, safetensors and tokenizer."""
     teacher_hf_checkpoint: str | None = None
     """Hugging Face directory of the OPD teacher. Same tokenizer; width, depth and vocabulary padding may differ."""
+    megatron_checkpoint: str | None = None
+    """Distributed checkpoint, of Megatron-LM or of a run, that the student's first weights are read from at any grid;
+    unset = `--hf-checkpoint`, which gives config and tokenizer in either case."""
+    teacher_megatron_checkpoint: str | None = None
+    """The same for the OPD teacher and `--teacher-hf-checkpoint`."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers of the transformer: Megatron's own (`local`), Transformer Engine's, or `auto`: the latter where
     it imports."""
     bf16: bool = True
     """Train in bf16 with fp32 main weights; `--no-bf16` trains in fp32."""
+    fp8_format: Literal["hybrid", "e4m3"] | None = None
+    """Multiply the layers' matrices in FP8: `hybrid` (e4m3, and e5m2 for gradients) or `e4m3`; unset = off. Weights
+    stay in bf16; so do embedding, norms, attention and output head, and a teacher with weights of its own. Needs
+    Transformer Engine."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """Scaling of FP8 values: per tensor from its history (`delayed`) or its present values (`tensorwise`), both on
+    compute capability 8.9 and above; per block (`blockwise`, 9.0; `mxfp8`, 10.0)."""
+    fp8_margin: int = 0
+    """`delayed`: the scale keeps a distance of 2^margin from FP8's largest value."""
+    fp8_amax_history_len: int = 1
+    """`delayed`: steps of history that the scale comes from."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """`delayed`: what of that history to take."""
+    first_last_layers_bf16: bool = False
+    """With `--fp8-format`, keep the first and the last layers in bf16 (not with `delayed`)."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many first layers `--first-last-layers-bf16` keeps."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many last layers `--first-last-layers-bf16` keeps."""
+    gradient_accumulation_fusion: bool = True
+    """Add weight gradients to the fp32 gradient buffer inside their matrix product: in the output head always, in the
+    layers where Transformer Engine's or apex's kernel is there. `--no-gradient-accumulation-fusion` adds afterwards."""
     make_vocab_size_divisible_by: int = 1
     """Vocabulary rows are padded to a multiple of this times the tensor-parallel size. Padding never enters
     the loss."""
-    recompute_granularity: Literal["none", "full"] = "none"
-    """`full`: recompute each layer's activations in the backward pass."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: `full` layers, or `selective` parts of them."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """`full`: recompute all layers in groups (`uniform`), or only the first few of each pipeline chunk (`block`)."""
     recompute_num_layers: int = 1
-    """Layers per recomputed block."""
+    """`uniform`: layers in a group; `block`: layers that are recomputed."""
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """`selective`: any of `core_attn`, `mlp`, `moe` and, with Transformer Engine, `layernorm`, `moe_act`."""
+    cpu_offloading_num_layers: int = 0
+    """Keep the activations of this many layers in CPU memory between forward and backward pass (Transformer Engine)."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the load-balancing loss that each layer of a student with experts adds. A student that imitates a
+    teacher needs none."""
     offload_teacher: bool = False
     """Keep a teacher's own weights in host memory between its forward passes; its output layer stays on the device."""
     teacher_hidden_mb: int = 4096
@@ -67,13 +145,88 @@ class ModelConfig:
             self.make_vocab_size_divisible_by,
             "give a positive integer",
         )
+        self._check_fp8()
+        self._check_activation_memory()
+        _require(
+            self.moe_aux_loss_coeff >= 0.0, "moe-aux-loss-coeff", self.moe_aux_loss_coeff, "give zero or a small number"
+        )
+        _require(self.teacher_hidden_mb >= 0, "teacher-hidden-mb", self.teacher_hidden_mb, "give 0 or more")
+
+    @property
+    def tokens_multiple(self) -> int:
+        """What the number of a rank's tokens must be a multiple of: FP8 products take blocks of 16, `mxfp8` of 32."""
+        if self.fp8_format is None:
+            return 1
+        return 32 if self.fp8_recipe == "mxfp8" else 16
+
+    def _check_fp8(self) -> None:
+        for flag, value, least in (
+            ("fp8-margin", self.fp8_margin, 0),
+            ("fp8-amax-history-len", self.fp8_amax_history_len, 1),
+            ("num-layers-at-start-in-bf16", self.num_layers_at_start_in_bf16, 0),
+            ("num-layers-at-end-in-bf16", self.num_layers_at_end_in_bf16, 0),
+        ):
+            _require(value >= least, flag, value, f"give {least} or more")
+        if self.fp8_format is None:
+            return
+        _require(self.bf16, "fp8-format", self.fp8_format, "FP8 is rounded from bf16; leave out --no-bf16")
+        _require(
+            self.transformer_impl != "local",
+            "fp8-format",
+            self.fp8_format,
+            "Megatron's own layers have no FP8; use --transformer-impl transformer_engine",
+        )
+        _require(
+            not self.first_last_layers_bf16 or self.fp8_recipe != "delayed",
+            "first-last-layers-bf16",
+            self.first_last_layers_bf16,
+            "--fp8-recipe delayed scales all layers together; use tensorwise, blockwise or mxfp8",
+        )
+
+    def _check_activation_memory(self) -> None:
         _require(
             self.recompute_num_layers >= 1,
             "recompute-num-layers",
             self.recompute_num_layers,
             "give a positive integer",
         )
-        _require(self.teacher_hidden_mb >= 0, "teacher-hidden-mb", self.teacher_hidden_mb, "give 0 or more")
+        for module in self.recompute_modules:
+            _require(
+                module in RECOMPUTE_MODULES, "recompute-modules", module, f"use any of {', '.join(RECOMPUTE_MODULES)}"
+            )
+        _require(bool(self.recompute_modules), "recompute-modules", "(empty)", "name one, or leave it out")
+        for module in ("layernorm", "moe_act"):
+            if self.recompute_granularity == "selective" and module in self.recompute_modules:
+                _require(
+                    self.transformer_impl != "local",
+                    "recompute-modules",
+                    module,
+                    "needs Transformer Engine; use --transformer-impl transformer_engine, or leave it out",
+                )
+                _require(
+                    self.fp8_format is None or self.fp8_recipe != "delayed",
+                    "recompute-modules",
+                    module,
+                    "does not go with --fp8-recipe delayed; use tensorwise, or leave it out",
+                )
+        _require(
+            self.cpu_offloading_num_layers >= 0,
+            "cpu-offloading-num-layers",
+            self.cpu_offloading_num_layers,
+            "give 0 or more",
+        )
+        _require(
+            not self.cpu_offloading_num_layers or self.transformer_impl != "local",
+            "cpu-offloading-num-layers",
+            self.cpu_offloading_num_layers,
+            "needs Transformer Engine; use --transformer-impl transformer_engine",
+        )
+        _require(
+            not self.cpu_offloading_num_layers or self.recompute_granularity == "none",
+            "cpu-offloading-num-layers",
+            self.cpu_offloading_num_layers,
+            f"does not go with --recompute-granularity {self.recompute_granularity}; use one of the two",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +244,12 @@ class ParallelConfig:
     waits less."""
     context_parallel_size: int = 1
     """Ranks that share each sequence."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share out the experts of each layer. Must divide the number of experts; the ranks are those of the
+    tensor-, context- and data-parallel groups, no more."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices; unset = `--tensor-model-parallel-size`, Megatron's rule. Small experts
+    want 1."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -108,6 +267,8 @@ class ParallelConfig:
             ("pipeline-model-parallel-size", self.pipeline_model_parallel_size),
             ("num-virtual-stages-per-pipeline-rank", self.num_virtual_stages_per_pipeline_rank),
             ("context-parallel-size", self.context_parallel_size),
+            ("expert-model-parallel-size", self.expert_model_parallel_size),
+            ("expert-tensor-parallel-size", self.expert_tensor_parallel_size or 1),
         ):
             _require(value >= 1, flag, value, "give a positive integer")
         _require(
@@ -201,7 +362,8 @@ class LoraConfig:
     """Low-rank adapters on q, k, v, o, gate, up and down."""
 
     lora_rank: int = 0
-    """Rank of the adapters; 0 trains all weights."""
+    """Rank of the adapters; 0 trains all weights. In a student with experts the adapters are on attention alone;
+    router, experts and feed-forwards stay as they are."""
     lora_alpha: float = 128.0
     """The adapter's output is scaled by alpha / rank."""
     lora_dropout: float = 0.0
@@ -234,6 +396,11 @@ class OptimizerConfig:
     """Decay of the second moment."""
     adam_eps: float = 1e-8
     """Added to the root of the second moment."""
+    optimizer_cpu_offload: bool = False
+    """Keep main weights and moments in CPU memory and update there. Needs CUDA, Transformer Engine, bf16 and
+    `--use-distributed-optimizer`."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the parameters that `--optimizer-cpu-offload` moves."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", self.lr, "must be positive")
@@ -243,6 +410,8 @@ class OptimizerConfig:
         _require(
             0.0 <= self.lr_warmup_fraction < 1.0, "lr-warmup-fraction", self.lr_warmup_fraction, "must lie in [0, 1)"
         )
+        fraction = self.optimizer_offload_fraction
+        _require(0.0 < fraction <= 1.0, "optimizer-offload-fraction", fraction, "must lie in (0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +420,20 @@ class DataConfig:
 
     task: str = "arithmetic"
     """Name of the task: its problems, verifier and prompt templates."""
+    train_data: tuple[str, ...] = ()
+    """Files of training problems, for tasks that read files (`tools/prepare_data.py` makes them); each epoch has its
+    own order."""
+    eval_data: tuple[str, ...] = ()
+    """Files of held-out problems, taken in their order. None of them may be a training problem."""
+    math_verifier_profile: Literal["default", "strict-string", "amo"] = "default"
+    """How `--task math` compares answers: as mathematics, by the string rule of published scores, or by AMO-Bench's
+    parser."""
+    code_python: str | None = None
+    """Interpreter of the programs that `--task code` runs, with the packages they may import; unset = the system's
+    python3."""
+    unsafe_code_execution: bool = False
+    """Run the programs of `--task code` without a sandbox, with resource limits alone: they can read your files and use
+    the network. For machines where bubblewrap does not work, and programs that you trust."""
     prompt_dir: str | None = None
     """Directory with your own prompt templates; unset = the task's."""
     trajectories: str | None = None
@@ -264,7 +447,7 @@ class DataConfig:
     max_tokens_per_micro_batch: int = 16384
     """Most tokens packed into one micro-batch, for the longer of the student's and the teacher's stream."""
     seed: int = 1234
-    """Seeds adapters, dropout and sampling."""
+    """Seeds adapters, dropout, sampling and the order of problems."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -297,19 +480,22 @@ class RolloutConfig:
     teacher_router_url: str | None = None
     """SGLang's router in front of the servers of `--teacher-urls`."""
     rollout_temperature: float = 0.6
-    """Sampling temperature of both stages and of evaluation."""
+    """Sampling temperature of both stages and, unless `--eval-sampling` says otherwise, of evaluation."""
     rollout_top_p: float = 0.95
-    """Nucleus of both stages and of evaluation."""
+    """Nucleus of the same."""
     rollout_top_k: int = 20
     """Sample from the k likeliest tokens only; -1 = all."""
     max_prompt_tokens: int = 4096
     """Longest plain prompt; a longer one is an error that names the problem."""
     max_response_tokens: int = 16384
-    """Budget of y_o, of y_r and of an evaluation response."""
+    """Budget of y_o, of y_r and, without `--eval-max-response-tokens`, of an evaluation response."""
     max_refine_prompt_tokens: int = 18432
     """Budget of the refinement prompt; y_o, then y*, are cut in the middle with a visible mark to keep it."""
     thinking: bool = False
-    """Ask the chat template for a reasoning block (templates without the switch ignore it)."""
+    """Let the student reason in a block of its own, where its chat template has such a switch. The teacher's context
+    along y_o follows y_o."""
+    refiner_thinking: bool | None = None
+    """The same for the refinement prompt, at generation and in the loss; unset = as `--thinking`."""
     request_timeout_s: float = 3600.0
     """Deadline of one try of a generation request, in seconds; all its tries have (retries + 1) times as much."""
     server_timeout_s: float = 60.0
@@ -412,11 +598,22 @@ class EvalConfig:
     """Held-out problems; 0 switches evaluation off."""
     eval_num_samples: int = 8
     """Samples per problem: the k of avg@k and pass@k."""
+    eval_sampling: Literal["rollout", "paper", "qwen3"] = "rollout"
+    """How evaluation samples: by the `--rollout-*` flags; as the paper does (T 0.6, top-p 0.95, top-k 20); or as Qwen3
+    recommends (with `--thinking` the same, without it T 0.7, top-p 0.8, top-k 20)."""
+    eval_max_response_tokens: int | None = None
+    """Budget of an evaluation response; unset = the benchmark's own (38912 for mathematics, 16384 for code), or
+    `--max-response-tokens` for the task's held-out problems."""
+    livecodebench_mode: Literal["faithful", "official"] = "faithful"
+    """How LiveCodeBench's programs are run: as real programs, or as its published harness does it, oddities
+    included."""
 
     def __post_init__(self) -> None:
         _require(self.eval_interval >= 0, "eval-interval", self.eval_interval, "give 0 or more")
         _require(self.eval_num_problems >= 0, "eval-num-problems", self.eval_num_problems, "give 0 or more")
         _require(self.eval_num_samples >= 1, "eval-num-samples", self.eval_num_samples, "give 1 or more")
+        tokens = self.eval_max_response_tokens
+        _require(tokens is None or tokens >= 1, "eval-max-response-tokens", tokens, "give a positive integer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -430,12 +627,23 @@ class CheckpointConfig:
     save_checkpoints: bool = True
     """Save a distributed checkpoint at the end (and every `--save-interval`)."""
     resume: Literal["auto", "require", "never"] = "auto"
-    """`auto`: go on from the newest checkpoint of `--run-dir` if there is one; `require`: fail if there is none;
-    `never`: start anew (refused when the directory already holds checkpoints)."""
+    """`auto`: go on from the newest good checkpoint of `--run-dir` if there is one; `require`: fail if there is none,
+    or if the newest is damaged; `never`: start anew (refused when the directory already holds checkpoints)."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written; its state is copied to host memory first."""
+    keep_checkpoints: int | None = None
+    """Keep this many of the newest complete checkpoints and delete older ones; unset = all."""
+    keep_every: int | None = None
+    """With `--keep-checkpoints`: also keep the checkpoints of iterations that are multiples of this."""
+    verify_checkpoint: bool = True
+    """Compare the checksums of all files before resuming; the ranks share the reading. Off: only their sizes."""
     save_hf: str | None = None
     """Export the trained student (adapters merged) to this Hugging Face directory at the end."""
     save_adapter: str | None = None
     """Export the LoRA adapter to this PEFT directory at the end."""
+    save_trajectories: bool = False
+    """Keep the trajectories of each iteration in `trajectories/` of `--run-dir`, as `megatron_trd.generate` writes
+    them: for reports and audits, or to train on again."""
     diagnose_interval: int = 0
     """Iterations between audits that compare the teacher's signal on y_o and on y_r without training; 0 = only
     the first
@@ -443,6 +651,14 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _require(self.save_interval >= 0, "save-interval", self.save_interval, "give 0 or more")
+        for flag, count in (("keep-checkpoints", self.keep_checkpoints), ("keep-every", self.keep_every)):
+            _require(count is None or count >= 1, flag, count, "give a positive integer; leave it out to keep all")
+        _require(
+            self.keep_every is None or self.keep_checkpoints is not None,
+            "keep-every",
+            self.keep_every,
+            "nothing is deleted without --keep-checkpoints; give that too, or leave it out",
+        )
         _require(self.diagnose_interval >= -1, "diagnose-interval", self.diagnose_interval, "give -1, 0 or more")
 
 
@@ -464,6 +680,13 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(bool(self.model.hf_checkpoint), "hf-checkpoint", "(unset)", "give the student's directory")
+        self._check_teacher()
+        self._check_offloading()
+        self._check_servers()
+        self._check_refinement()
+        self._check_adapter()
+
+    def _check_teacher(self) -> None:
         opd = self.method.mode == "opd"
         _require(
             not opd or self.model.teacher_hf_checkpoint is not None,
@@ -471,12 +694,12 @@ class Config:
             "(unset)",
             "--mode opd needs the teacher's directory",
         )
-        _require(
-            opd or self.model.teacher_hf_checkpoint is None,
-            "teacher-hf-checkpoint",
-            self.model.teacher_hf_checkpoint,
-            "--mode opsd teaches with the student's own weights; leave it out or use --mode opd",
-        )
+        for flag, value in (
+            ("teacher-hf-checkpoint", self.model.teacher_hf_checkpoint),
+            ("teacher-megatron-checkpoint", self.model.teacher_megatron_checkpoint),
+        ):
+            remedy = "--mode opsd teaches with the student's own weights; leave it out or use --mode opd"
+            _require(opd or value is None, flag, value, remedy)
         shares = not opd and (self.method.opsd_teacher == "current" or self.lora.lora_rank > 0)
         _require(
             not (self.model.offload_teacher and shares),
@@ -484,6 +707,8 @@ class Config:
             True,
             "this teacher is the student's own backbone and has no weights of its own; leave it out",
         )
+
+    def _check_servers(self) -> None:
         online = self.data.trajectories is None
         _require(
             not online or bool(self.rollout.student_urls),
@@ -500,10 +725,10 @@ class Config:
             "y_r needs a server with the teacher's weights (OPSD: the initial ones, or use --opsd-teacher current)",
         )
         _require(
-            self.weight_sync.weight_sync != "adapter" or self.lora.lora_rank > 0,
-            "weight-sync",
-            "adapter",
-            "there is no adapter without --lora-rank; use disk, distributed or tensor",
+            online or not self.checkpoint.save_trajectories,
+            "save-trajectories",
+            True,
+            "they are in the file of --trajectories already; leave it out",
         )
         _require(
             online or self.rollout.rollout_staleness == 0,
@@ -517,9 +742,51 @@ class Config:
             self.rollout.rollout_staleness,
             "servers on the trainer's GPUs cannot roll out while it trains; use 0, or leave out --colocate",
         )
+
+    def _check_adapter(self) -> None:
+        _require(
+            self.weight_sync.weight_sync != "adapter" or self.lora.lora_rank > 0,
+            "weight-sync",
+            "adapter",
+            "there is no adapter without --lora-rank; use disk, distributed or tensor",
+        )
         _require(
             self.checkpoint.save_adapter is None or self.lora.lora_rank > 0,
             "save-adapter",
             self.checkpoint.save_adapter,
             "there is no adapter without --lora-rank",
+        )
+
+    def _check_refinement(self) -> None:
+        online = self.data.trajectories is None
+        for flag, chosen, plain in (
+            ("refine-samples", self.method.refine_samples, 1),
+            ("refine-from", self.method.refine_from, "start"),
+        ):
+            _require(
+                not online or self.method.trajectory == "y_r" or chosen == plain,
+                flag,
+                chosen,
+                "--trajectory y_o trains on the raw rollout; leave it out",
+            )
+        thinking = self.rollout.refiner_thinking
+        _require(
+            self.method.refine_from == "start" or thinking in (None, self.rollout.thinking),
+            "refiner-thinking",
+            thinking,
+            "with --refine-from failing-prefix the refiner goes on from the student's tokens; leave it out",
+        )
+
+    def _check_offloading(self) -> None:
+        _require(
+            not self.model.cpu_offloading_num_layers or self.parallel.pipeline_model_parallel_size == 1,
+            "cpu-offloading-num-layers",
+            self.model.cpu_offloading_num_layers,
+            "does not go with pipeline stages; use --recompute-granularity, or --pipeline-model-parallel-size 1",
+        )
+        _require(
+            not self.optimizer.optimizer_cpu_offload or (self.model.bf16 and self.parallel.use_distributed_optimizer),
+            "optimizer-cpu-offload",
+            self.optimizer.optimizer_cpu_offload,
+            "needs bf16 and --use-distributed-optimizer",
         )

@@ -10,6 +10,7 @@ position predicts which token.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,7 @@ class PackedStream:
     cu_seqlens: Tensor  # [N + 1] int32, padding included, cu_seqlens[-1] == T
     max_seqlen: int
     response_positions: Tensor  # [R] int64: the position whose hidden state predicts response token r
+    is_padding: Tensor  # [T] bool
 
     def to(self, device: torch.device) -> PackedStream:
         return PackedStream(
@@ -38,6 +40,7 @@ class PackedStream:
             cu_seqlens=self.cu_seqlens.to(device),
             max_seqlen=self.max_seqlen,
             response_positions=self.response_positions.to(device),
+            is_padding=self.is_padding.to(device),
         )
 
 
@@ -94,14 +97,15 @@ class Multiples:
     """Of a rank in a step: the interleaved schedule takes one for each pipeline stage at a time."""
 
     @classmethod
-    def of(cls, parallel: ParallelConfig) -> Multiples:
-        """Return what a grid asks for."""
+    def of(cls, parallel: ParallelConfig, tokens_of_rank: int = 1) -> Multiples:
+        """Return what a grid asks for, and matrix products that want a multiple of `tokens_of_rank` on each rank."""
         cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
         sequence = 2 * cp if cp > 1 else 1
+        shards = tp if parallel.sequence_parallel else 1
         interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
         return cls(
             sequence=sequence,
-            stream=sequence * (tp if parallel.sequence_parallel else 1),
+            stream=math.lcm(sequence * shards, cp * shards * tokens_of_rank),
             micro_batches=parallel.pipeline_model_parallel_size if interleaved else 1,
         )
 
@@ -216,19 +220,24 @@ def _pack_micro_batch(samples: Sequence[Sample], weights: Sequence[float], multi
 
 def _pack_stream(sequences: Sequence[tuple[list[int], range]], multiples: Multiples) -> PackedStream:
     ids: list[int] = []
+    is_padding: list[bool] = []
     positions: list[int] = []
     bounds = [0]
     for input_ids, predicting in sequences:
         positions += [len(ids) + i for i in predicting]
-        ids += input_ids + [0] * (-len(input_ids) % multiples.sequence)  # behind all tokens, so none attends to it
+        padding = -len(input_ids) % multiples.sequence  # behind all tokens, so none attends to it
+        ids += input_ids + [0] * padding
+        is_padding += [False] * len(input_ids) + [True] * padding
         bounds.append(len(ids))
     padding = -len(ids) % multiples.stream if ids else multiples.stream
     if padding:  # a sequence of its own, so nothing attends to it
         ids += [0] * padding
+        is_padding += [True] * padding
         bounds.append(len(ids))
     return PackedStream(
         input_ids=torch.tensor(ids, dtype=torch.int64),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=max(b - a for a, b in itertools.pairwise(bounds)),
         response_positions=torch.tensor(positions, dtype=torch.int64),
+        is_padding=torch.tensor(is_padding, dtype=torch.bool),
     )

@@ -1,12 +1,15 @@
 """Lets Megatron-Core run on a machine without CUDA: the one monkey-patch of the project.
 
-Megatron-Core names the device in four ways, and each needs its own answer:
+Megatron-Core names the device in five ways, and each needs its own answer:
 
 - literals inside its functions (`device="cuda"`, `'torch.cuda.FloatTensor'`): the constants of those functions'
   code objects are replaced, which touches nothing outside Megatron;
 - `torch.cuda.current_device()` and `torch.cuda.synchronize()`: raise without CUDA, here they name the CPU;
 - `tensor.cuda()`: the identity;
-- the CUDA random number generator: the CPU's default generator.
+- the CUDA random number generator: the CPU's default generator;
+- the stream on which the experts' token counts come to the host: they are there already.
+
+And gloo cannot gather or reduce-scatter parts of unequal size, which the tokens of split experts are.
 
 The tensor factories (`torch.zeros`, ...) are never wrapped: torch keeps a cached set of them for
 `with torch.device(...)`, and a wrapped one makes `transformers` load wrong weights without an error.
@@ -57,6 +60,8 @@ def use_cpu_where_there_is_no_cuda() -> torch.device:
         _retarget_literals()
         _redirect_torch_cuda()
         _redirect_random_state()
+        _keep_token_dispatcher_off_streams()
+        _allow_unequal_parts()
     return _CPU
 
 
@@ -121,3 +126,42 @@ def _redirect_random_state() -> None:
             torch.set_rng_state(outside)
 
     megatron_random.CudaRNGStatesTracker.fork = fork
+
+
+def _keep_token_dispatcher_off_streams() -> None:
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    def fetch(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        if point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits", "output_splits_tp"):
+                splits = getattr(self, name)
+                setattr(self, name, None if splits is None else splits.numpy())
+        return tokens_per_expert
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _CPU  # any value keeps its constructor from making one
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = fetch
+
+
+def _allow_unequal_parts() -> None:
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_padded(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, use_global_buffer)
+        longest = max(output_split_sizes)
+        padded = input_.new_zeros(longest, *input_.shape[1:])
+        padded[: input_.size(0)] = input_
+        parts = gather(padded, group).split(longest)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_and_take(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, None, use_global_buffer)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()]
+
+    mappings._gather_along_first_dim = gather_padded
+    mappings._reduce_scatter_along_first_dim = reduce_and_take

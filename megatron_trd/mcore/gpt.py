@@ -13,7 +13,9 @@ from torch import Tensor
 
 from megatron_trd.config.schema import LoraConfig, ModelConfig
 from megatron_trd.data.packing import PackedStream
+from megatron_trd.mcore.acceleration import Machine, choose
 from megatron_trd.mcore.context_parallel import sliced_seq_params, tokens_of_rank
+from megatron_trd.mcore.experts import sum_gradients_over_copies
 from megatron_trd.mcore.groups import Groups
 from megatron_trd.mcore.hf_config import HFModel
 from megatron_trd.mcore.layers import block_spec, layer_classes
@@ -23,6 +25,13 @@ from megatron_trd.mcore.stages import Stages, cut_into_stages
 
 class HiddenStatesGPT(GPTModel):
     """GPTModel, or a chunk of one, that ends before the output layer: logits are the loss's business, in pieces."""
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple:
+        inputs = list(super()._preprocess(*args, **kwargs))
+        if inputs[5] is not None and self.config.sequence_parallel and not self.pre_process:
+            # The padding mask: Megatron cuts it for sequence parallelism on the first stage alone.
+            inputs[5] = inputs[5].chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
+        return tuple(inputs)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.post_process:  # the head is not called here, but its weight must have arrived (--overlap-param-gather)
@@ -53,6 +62,11 @@ class GPTChunks(torch.nn.ModuleList):
         last = self.chunks[-1]
         return last.shared_embedding_or_output_weight() if self.hf.tied else last.output_layer.weight
 
+    @property
+    def head_is_embedding(self) -> bool:
+        """Whether the output layer's weight is the embedding's very tensor, which learns from both."""
+        return self.hf.tied and self.chunks[-1].pre_process
+
 
 def forward_stream(chunk: torch.nn.Module, stream: PackedStream, groups: Groups) -> Tensor:
     """Run a chunk (or its DDP wrapper) over this rank's slice of a packed stream that lies on its device.
@@ -61,10 +75,11 @@ def forward_stream(chunk: torch.nn.Module, stream: PackedStream, groups: Groups)
         Hidden states [T / cp, 1, hidden], or this rank's [T / cp / tp, 1, hidden] under sequence parallelism.
     """
     if groups.cp_size > 1:
-        input_ids = stream.input_ids[tokens_of_rank(stream.cu_seqlens, groups.cp_size, groups.cp_rank)]
+        mine = tokens_of_rank(stream.cu_seqlens, groups.cp_size, groups.cp_rank)
+        input_ids, is_padding = stream.input_ids[mine], stream.is_padding[mine]
         packed = sliced_seq_params(stream.cu_seqlens, stream.max_seqlen, groups.cp_size, groups.cp_rank)
     else:
-        input_ids = stream.input_ids
+        input_ids, is_padding = stream.input_ids, stream.is_padding
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=stream.cu_seqlens,
@@ -72,7 +87,7 @@ def forward_stream(chunk: torch.nn.Module, stream: PackedStream, groups: Groups)
             max_seqlen_q=stream.max_seqlen,
             max_seqlen_kv=stream.max_seqlen,
         )
-    return chunk(input_ids[None], None, None, packed_seq_params=packed)
+    return chunk(input_ids[None], None, None, packed_seq_params=packed, padding_mask=is_padding[None])
 
 
 def build_gpt(
@@ -87,16 +102,25 @@ def build_gpt(
     """Build this rank's chunks of an (untrained) model on its device. Weights come from `hf_weights.load`.
 
     Raises:
-        ValueError: the layers cannot be cut into the stages.
+        ValueError: the layers cannot be cut into the stages; a flag does not fit this machine.
     """
     stages = cut_into_stages(hf, groups.pp_size, virtual_stages)
-    config = transformer_config(hf, model, groups, sequence_parallel=sequence_parallel, virtual_stages=virtual_stages)
-    spec = block_spec(config, layer_classes(model.transformer_impl), lora, stages.layers_per_chunk)
+    classes = layer_classes(choose(model, Machine.here(), lora=lora is not None))
+    config = transformer_config(
+        hf,
+        model,
+        groups,
+        sequence_parallel=sequence_parallel,
+        virtual_stages=virtual_stages,
+        grouped_experts=classes.grouped_experts,
+    )
+    sparse_layers = hf.moe.sparse_layers if hf.moe is not None else (False,) * hf.geometry.num_layers
 
     def build(index: int) -> HiddenStatesGPT:
+        first = (index * groups.pp_size + groups.pp_rank) * stages.layers_per_chunk
         chunk = HiddenStatesGPT(
             config,
-            spec,
+            block_spec(config, classes, lora, sparse_layers[first : first + stages.layers_per_chunk]),
             vocab_size=hf.geometry.padded_vocab_size,
             max_sequence_length=hf.max_position_embeddings,
             pre_process=groups.pp_rank == 0 and index == 0,
@@ -107,6 +131,7 @@ def build_gpt(
             rotary_base=hf.rope_theta,
             vp_stage=index if virtual_stages > 1 else None,
         )
+        sum_gradients_over_copies(chunk)
         if lora is not None:
             _train_adapters_only(chunk)
         return chunk.to(device=groups.device, dtype=config.params_dtype)

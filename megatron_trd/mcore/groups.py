@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -31,6 +32,16 @@ class Groups:
     cp_rank: int
     tp_cp: dist.ProcessGroup
     """Ranks that share one stream under sequence parallelism; rank = cp_rank * tp_size + tp_rank."""
+    ep: dist.ProcessGroup
+    """Ranks that share out the experts of a layer; each has as many, in the order of the ranks."""
+    ep_size: int
+    ep_rank: int
+    etp: dist.ProcessGroup
+    """Ranks that share the matrices of one expert."""
+    etp_size: int
+    etp_rank: int
+    expert_dp: dist.ProcessGroup
+    """Ranks with the same part of the same experts."""
     dp_size: int
     dp_rank: int
     """Which micro-batches are this rank's: equal on all ranks that share a stream."""
@@ -52,7 +63,7 @@ def initialize_groups(config: ParallelConfig, seed: int, local_rank: int) -> Gro
         local_rank: index of this process's device on its machine (ignored without CUDA).
 
     Raises:
-        ValueError: the number of processes is not a multiple of the model-parallel size.
+        ValueError: the number of processes is not a multiple of the ranks that hold a model, or all of its experts.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -66,6 +77,8 @@ def initialize_groups(config: ParallelConfig, seed: int, local_rank: int) -> Gro
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -84,6 +97,13 @@ def initialize_groups(config: ParallelConfig, seed: int, local_rank: int) -> Gro
         cp_size=config.context_parallel_size,
         cp_rank=parallel_state.get_context_parallel_rank(),
         tp_cp=parallel_state.get_tensor_and_context_parallel_group(),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        ep_size=config.expert_model_parallel_size,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -102,6 +122,14 @@ def _require_whole_models(config: ParallelConfig, world_size: int) -> None:
             f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp}: "
             f"{size} must divide the number of processes, {world_size}; start torchrun with --nproc-per-node {size} "
             "(or a multiple)"
+        )
+    ep, etp = config.expert_model_parallel_size, config.expert_tensor_parallel_size or config.tensor_model_parallel_size
+    size = ep * etp * config.pipeline_model_parallel_size
+    if world_size % size:
+        raise ValueError(
+            f"--expert-model-parallel-size {ep} x --expert-tensor-parallel-size {etp} x --pipeline-model-parallel-size "
+            f"{config.pipeline_model_parallel_size}: {size} must divide the number of processes, {world_size}; use "
+            f"fewer, or --nproc-per-node {math.lcm(size, config.model_parallel_size)} (or a multiple)"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_trd.mcore.layouts import FAMILIES, Family, Geometry
+from megatron_trd.mcore.layouts import FAMILIES, Family, Geometry, MoEShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,8 @@ class HFModel:
     norm_epsilon: float
     rope_theta: float
     tied: bool
+    moe: MoEShape | None
+    """None: a dense model."""
 
     def padded_to(self, rows: int) -> HFModel:
         """The same model with its vocabulary padded to `rows`."""
@@ -61,8 +63,12 @@ def read_hf_model(path: str | Path, flag: str, tp_size: int) -> HFModel:
             f"--{flag} {path}: model type {config.model_type!r} is not supported; use one of {', '.join(FAMILIES)}"
         )
     _refuse_what_we_lack(config, flag, path)
+    moe = _moe_shape(config, flag, path)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    for what, size in (("attention heads", heads), ("feed-forward width", config.intermediate_size)):
+    widths = [("attention heads", heads)]
+    if moe is None or not all(moe.sparse_layers):
+        widths.append(("feed-forward width", config.intermediate_size))
+    for what, size in widths:
         if size % tp_size:
             raise ValueError(f"--tensor-model-parallel-size {tp_size}: must divide the {size} {what} of {path}")
     if groups % tp_size and tp_size % groups:
@@ -87,6 +93,30 @@ def read_hf_model(path: str | Path, flag: str, tp_size: int) -> HFModel:
         norm_epsilon=config.rms_norm_eps,
         rope_theta=config.rope_parameters["rope_theta"],
         tied=config.tie_word_embeddings,
+        moe=moe,
+    )
+
+
+def _moe_shape(config: PretrainedConfig, flag: str, path: Path) -> MoEShape | None:
+    if config.model_type != "qwen3_moe" or not config.num_experts:
+        return None
+    if config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        raise ValueError(
+            f"--{flag} {path}: num_experts_per_tok 1 with norm_topk_prob weighs each expert with 1, so its router "
+            "cannot learn, and is not supported; use a model without it"
+        )
+    sparse_layers = tuple(
+        i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0
+        for i in range(config.num_hidden_layers)
+    )
+    if not any(sparse_layers):
+        return None
+    return MoEShape(
+        num_experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        expert_ffn_hidden_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+        sparse_layers=sparse_layers,
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -20,8 +21,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_trd.config.schema import LoraConfig
+from megatron_trd.mcore.acceleration import Acceleration
 from megatron_trd.mcore.attention import PackedAttention
+from megatron_trd.mcore.experts import grouped_experts, local_experts, moe_layer
 from megatron_trd.mcore.lora import column_with_lora, row_with_lora
+
+# Checkpoints have the names of layers that fuse a norm with the linear after it, as Megatron-LM's do.
+_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_DENSE_NAMES = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 class RMSNorm(torch.nn.Module):
@@ -44,53 +51,72 @@ class RMSNorm(torch.nn.Module):
         return self.weight * y.to(x.dtype)
 
 
+class FusedGradientsLayer(TransformerLayer):
+    """A layer whose products add their weight gradients to `main_grad` themselves.
+
+    Megatron's own linears do so with apex's kernel alone, and one of them is the output head, which knows another way
+    (`head_gradient.py`): so it is the layers that are told, not the model.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion = True
+        super().__init__(config, *args, **kwargs)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerClasses:
-    """The four building blocks of a layer. Both implementations have the same structure and parameter names."""
+    """The building blocks of a layer. Both implementations have the same structure and, but for experts, names."""
 
+    layer: type
     norm: type
     column_linear: type
     row_linear: type
     core_attention: type
+    experts: ModuleSpec
+    grouped_experts: bool
+    """Whether the experts of a rank share one module, whose weights are numbered."""
 
 
-def layer_classes(transformer_impl: Literal["auto", "local", "transformer_engine"]) -> LayerClasses:
-    """Choose Megatron's own layers or Transformer Engine's.
-
-    Raises:
-        ValueError: Transformer Engine is asked for and cannot be used here.
-    """
-    found = importlib.util.find_spec("transformer_engine")
-    # An uninstalled package may leave an empty folder behind: importable as a namespace, with nothing in it.
-    usable = torch.cuda.is_available() and found is not None and found.origin is not None
-    if transformer_impl == "transformer_engine" and not usable:
-        raise ValueError(
-            "--transformer-impl transformer_engine: needs CUDA and an installed transformer_engine; use local or auto"
-        )
-    if transformer_impl == "local" or not usable:
+def layer_classes(chosen: Acceleration) -> LayerClasses:
+    """Return Megatron's own layers or Transformer Engine's."""
+    layer = FusedGradientsLayer if chosen.fused_wgrad else TransformerLayer
+    if chosen.layers == "local":
         return LayerClasses(
+            layer=layer,
             norm=RMSNorm,
             column_linear=ColumnParallelLinear,
             row_linear=RowParallelLinear,
             core_attention=PackedAttention,
+            experts=local_experts(),
+            grouped_experts=False,
         )
     from megatron.core.extensions import transformer_engine as te
 
     return LayerClasses(
+        layer=layer,
         norm=te.TENorm,
         column_linear=te.TEColumnParallelLinear,
         row_linear=te.TERowParallelLinear,
         core_attention=te.TEDotProductAttention,
+        experts=grouped_experts(),
+        grouped_experts=True,
     )
 
 
 def block_spec(
-    config: TransformerConfig, classes: LayerClasses, lora: LoraConfig | None, num_layers: int
+    config: TransformerConfig, classes: LayerClasses, lora: LoraConfig | None, sparse_layers: Sequence[bool]
 ) -> TransformerBlockSubmodules:
-    """Describe `num_layers` of the decoder to Megatron; with `lora` the four fused linears carry adapters."""
+    """Describe layers of the decoder to Megatron, with experts or without.
+
+    With `lora` the four fused linears carry adapters; in a model with experts only the two of attention.
+    """
     column, row = classes.column_linear, classes.row_linear
+    dense = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     if lora is not None:
         column, row = column_with_lora(column, lora), row_with_lora(row, lora)
+        if config.num_moe_experts is None:
+            dense = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     qk_norm = classes.norm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
@@ -103,15 +129,19 @@ def block_spec(
             k_layernorm=qk_norm,
         ),
     )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=classes.norm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=classes.norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=classes.norm)
+
+    def layer(sparse: bool) -> ModuleSpec:
+        return ModuleSpec(
+            module=classes.layer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=classes.norm,
+                self_attention=attention,
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=classes.norm,
+                mlp=moe_layer(classes.experts) if sparse else ModuleSpec(module=MLP, submodules=dense),
+                mlp_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=_NAMES if sparse else _NAMES | _DENSE_NAMES,
+            ),
+        )
+
+    return TransformerBlockSubmodules(layer_specs=list(map(layer, sparse_layers)), layer_norm=classes.norm)

@@ -28,6 +28,7 @@ FAMILIES = {
     "qwen3": Family(qk_norm=True, qkv_bias=False),
     "qwen2": Family(qk_norm=False, qkv_bias=True),
     "llama": Family(qk_norm=False, qkv_bias=False),
+    "qwen3_moe": Family(qk_norm=True, qkv_bias=False),
 }
 
 
@@ -44,22 +45,35 @@ class Geometry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoEShape:
+    """The experts of a model, where it has some."""
+
+    num_experts: int
+    top_k: int
+    """Experts that each token is sent to."""
+    expert_ffn_hidden_size: int
+    norm_topk_prob: bool
+    """Whether the weights of a token's experts are scaled to sum to one."""
+    sparse_layers: tuple[bool, ...]
+    """For each layer, whether it has experts; the others have a dense feed-forward of the model's own width."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One Megatron parameter and the Hugging Face tensors it holds."""
 
     megatron: str
     hf: tuple[str, ...]
     kind: Kind
+    adapted: bool = False
+    """Whether it is the weight of a linear that carries adapters under LoRA."""
+    expert: int | None = None
+    """The expert of its layer that it belongs to; None for what all ranks of the stage hold."""
 
     @property
     def tp_dim(self) -> int | None:
         """Dimension that tensor parallelism splits; None when every rank holds all of it."""
         return {"replicated": None, "row": 1}.get(self.kind, 0)
-
-    @property
-    def adapted(self) -> bool:
-        """Whether it is the weight of a linear that carries adapters under LoRA."""
-        return self.megatron.endswith(tuple(f"{module}.weight" for module in ADAPTED))
 
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -78,18 +92,29 @@ _KIND_OF_ADAPTED: dict[str, Kind] = {
 }
 
 
-def rows(family: Family, geometry: Geometry, *, tied: bool) -> Iterator[Row]:
+def adapted_modules(moe: MoEShape | None) -> tuple[str, ...]:
+    """Return the modules that LoRA adapts. In a model with experts it is attention alone: what the experts are to
+    servers, one tensor each or one for all, has no common name in PEFT's format."""
+    return tuple(module for module in ADAPTED if moe is None or module.startswith("self_attention."))
+
+
+def rows(family: Family, geometry: Geometry, *, tied: bool, moe: MoEShape | None = None) -> Iterator[Row]:
     """Yield every row of a model, in the order of the layers."""
     yield Row(megatron=EMBEDDING, hf=("model.embed_tokens.weight",), kind="vocab")
     for i in range(geometry.num_layers):
         here, there = f"decoder.layers.{i}.", f"model.layers.{i}."
         yield Row(megatron=f"{here}input_layernorm.weight", hf=(f"{there}input_layernorm.weight",), kind="replicated")
+        sparse = moe is not None and moe.sparse_layers[i]
         for module, names in ADAPTED.items():
-            yield Row(
-                megatron=f"{here}{module}.weight",
-                hf=tuple(f"{there}{name}.weight" for name in names),
-                kind=_KIND_OF_ADAPTED[module],
-            )
+            if not (sparse and module.startswith("mlp.")):
+                yield Row(
+                    megatron=f"{here}{module}.weight",
+                    hf=tuple(f"{there}{name}.weight" for name in names),
+                    kind=_KIND_OF_ADAPTED[module],
+                    adapted=module in adapted_modules(moe),
+                )
+        if moe is not None and sparse:
+            yield from _expert_rows(here, there, moe.num_experts)
         if family.qkv_bias:
             yield Row(
                 megatron=f"{here}self_attention.linear_qkv.bias",
@@ -111,6 +136,19 @@ def rows(family: Family, geometry: Geometry, *, tied: bool) -> Iterator[Row]:
     yield Row(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",), kind="replicated")
     if not tied:
         yield Row(megatron=HEAD, hf=("lm_head.weight",), kind="vocab")
+
+
+def _expert_rows(here: str, there: str, num_experts: int) -> Iterator[Row]:
+    yield Row(megatron=f"{here}mlp.router.weight", hf=(f"{there}mlp.gate.weight",), kind="replicated")
+    for expert in range(num_experts):
+        for module in ("linear_fc1", "linear_fc2"):
+            names = (name.removeprefix("mlp.") for name in ADAPTED[f"mlp.{module}"])
+            yield Row(
+                megatron=f"{here}mlp.experts.local_experts.{expert}.{module}.weight",
+                hf=tuple(f"{there}mlp.experts.{expert}.{name}.weight" for name in names),
+                kind=_KIND_OF_ADAPTED[f"mlp.{module}"],
+                expert=expert,
+            )
 
 
 def shard(row: Row, tensors: Sequence[Tensor], geometry: Geometry, tp_size: int, tp_rank: int) -> Tensor:

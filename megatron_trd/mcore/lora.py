@@ -35,6 +35,11 @@ from torch import Tensor
 from megatron_trd.config.schema import LoraConfig
 
 
+def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """Return W + scale * B A in the weight's dtype; the sum is taken in fp32."""
+    return (weight.float() + scale * (lora_b.float() @ lora_a.float())).to(weight.dtype)
+
+
 class LoRALinear(torch.nn.Module):
     """Mix-in before a Megatron parallel linear: the base keeps its parameter names, `lora_a` and `lora_b` join it."""
 
@@ -76,9 +81,8 @@ class LoRALinear(torch.nn.Module):
             return F.dropout(x, self.lora.lora_dropout)
 
     def merged_weight(self) -> Tensor:
-        """This rank's part of W + scale * B A, in the weight's dtype; the sum is taken in fp32."""
-        update = self.lora_b.float() @ self.lora_a.float()
-        return (self.weight.float() + self.lora_scale * update).to(self.weight.dtype)
+        """This rank's part of the weight with its adapter in it."""
+        return merged(self.weight, self.lora_a, self.lora_b, self.lora_scale)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

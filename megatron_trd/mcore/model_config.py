@@ -9,22 +9,22 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_trd.config.schema import ModelConfig
+from megatron_trd.mcore.experts import expert_config
 from megatron_trd.mcore.groups import Groups
 from megatron_trd.mcore.hf_config import HFModel
 
 
 def transformer_config(
-    hf: HFModel, model: ModelConfig, groups: Groups, *, sequence_parallel: bool, virtual_stages: int
+    hf: HFModel,
+    model: ModelConfig,
+    groups: Groups,
+    *,
+    sequence_parallel: bool,
+    virtual_stages: int,
+    grouped_experts: bool,
 ) -> TransformerConfig:
     """Translate a Hugging Face config to Megatron's."""
     dtype = torch.bfloat16 if model.bf16 else torch.float32
-    recompute: dict[str, Any] = {}
-    if model.recompute_granularity == "full":
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": model.recompute_num_layers,
-        }
     return TransformerConfig(
         num_layers=hf.geometry.num_layers,
         hidden_size=hf.hidden_size,
@@ -53,9 +53,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.bf16,
-        use_cpu_initialization=groups.device.type == "cpu",
+        use_cpu_initialization=groups.device.type != "cuda",
         # Fusions that need apex, or a compiler on the CPU.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # but see FusedGradientsLayer
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -65,5 +65,39 @@ def transformer_config(
         batch_p2p_comm=False,
         overlap_p2p_comm=virtual_stages > 1,
         calculate_per_token_loss=True,  # the weights of the tokens already carry the normaliser
-        **recompute,
+        **_fp8(model),
+        **_activation_memory(model),
+        **expert_config(hf, groups, aux_loss_coeff=model.moe_aux_loss_coeff, grouped=grouped_experts),
     )
+
+
+def _fp8(model: ModelConfig) -> dict[str, Any]:
+    if model.fp8_format is None:
+        return {}
+    return {
+        "fp8": model.fp8_format,
+        "fp8_recipe": model.fp8_recipe,
+        "fp8_margin": model.fp8_margin,
+        "fp8_amax_history_len": model.fp8_amax_history_len,
+        "fp8_amax_compute_algo": model.fp8_amax_compute_algo,
+        "first_last_layers_bf16": model.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": model.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": model.num_layers_at_end_in_bf16,
+        # Weights cached in FP8 are renewed by the schedule alone; a forward pass outside it, after an update, would
+        # compute with the old ones.
+        "disable_parameter_transpose_cache": True,
+    }
+
+
+def _activation_memory(model: ModelConfig) -> dict[str, Any]:
+    if model.cpu_offloading_num_layers:
+        return {"cpu_offloading": True, "cpu_offloading_num_layers": model.cpu_offloading_num_layers}
+    if model.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(model.recompute_modules)}
+    if model.recompute_granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": model.recompute_method,
+            "recompute_num_layers": model.recompute_num_layers,
+        }
+    return {}

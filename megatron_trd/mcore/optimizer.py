@@ -37,6 +37,9 @@ def build_optimizer(
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,
+            optimizer_cpu_offload=config.optimizer_cpu_offload,
+            optimizer_offload_fraction=config.optimizer_offload_fraction,
+            use_precision_aware_optimizer=config.optimizer_cpu_offload,  # which keeps the main weights with the moments
         ),
         chunks,
     )
@@ -75,17 +78,19 @@ def _give_adamw_its_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _mend_distributed_adamw() -> None:
-    """Mend two faults of megatron-core 0.16 in resuming torch's AdamW, which it uses without apex and TE.
+    """Mend three faults of megatron-core 0.16 in resuming torch's AdamW, which it uses without apex and TE.
 
     1. Restoring a parameter's state looks up a tensor for AdamW's `step` and fails: `step` is kept apart.
     2. All parameters get one shared `step` tensor, which AdamW then counts up once per parameter: every update
        after the resume is wrong, without an error.
+    3. The experts' optimizer on a pipeline stage without experts has no parameter, and fails to be saved for want of
+       a `step`.
     """
     optimizer_class = distrib_optimizer.DistributedOptimizer
     if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(optimizer_class, "_trd_mended"):
         return
     optimizer_class._trd_mended = True
-    load_state_dict = optimizer_class.load_state_dict
+    load_state_dict, state_dict = optimizer_class.load_state_dict, optimizer_class.state_dict
 
     @torch.no_grad()
     def set_state(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
@@ -101,6 +106,13 @@ def _mend_distributed_adamw() -> None:
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
 
+    def state(self: Any) -> dict[str, Any]:
+        if self.optimizer.state:
+            return state_dict(self)
+        groups = self.optimizer.state_dict()["param_groups"]
+        return {"optimizer": {"param_groups": [{**group, "step": 0} for group in groups]}}
+
+    optimizer_class.state_dict = state
     optimizer_class._set_main_param_and_optimizer_states = set_state
     optimizer_class.load_state_dict = load
 

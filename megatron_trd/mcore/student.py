@@ -13,17 +13,24 @@ from torch import Tensor
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.packing import MicroBatch
+from megatron_trd.log import get_logger
 from megatron_trd.mcore import hf_weights
+from megatron_trd.mcore.acceleration import Machine, describe
 from megatron_trd.mcore.gpt import build_gpt, forward_stream
 from megatron_trd.mcore.groups import Groups
+from megatron_trd.mcore.head_gradient import announce_in_main_grad
 from megatron_trd.mcore.hf_config import HFModel
+from megatron_trd.mcore.initial_weights import load_initial_weights
 from megatron_trd.mcore.optimizer import build_optimizer
 from megatron_trd.mcore.response import gather_response_values, response_rows, response_values
+from megatron_trd.mcore.router import begin_step, load_imbalance
 from megatron_trd.mcore.schedule import rows_without_gradients, run_schedule
 from megatron_trd.mcore.teacher import Teacher
 from megatron_trd.objectives.diagnostics import Sums, diagnostic_sums
 from megatron_trd.objectives.loss import distillation_loss
 from trd_kernels import linear_kl_div
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,19 +57,22 @@ class Student:
         total_steps: int,
         vocab_size: int,
         epistemic_ids: Sequence[int],
+        random_weights: bool = False,
     ) -> None:
-        """Build the model on its Hugging Face weights. Collective over all ranks.
+        """Build the model on its first weights. Collective over all ranks.
 
         Args:
             total_steps: optimizer steps of the whole run, for the schedule.
             vocab_size: tokens that student and teacher both have; columns beyond it are padding.
             epistemic_ids: token ids of the epistemic mass.
+            random_weights: read no weights; for measurements.
         """
         self.config, self.groups = config, groups
         self._vocab_size = vocab_size
         self._sequence_parallel = config.parallel.sequence_parallel
         self._epistemic_ids = torch.tensor(sorted(epistemic_ids), dtype=torch.int64, device=groups.device)
         parallel = config.parallel
+        logger.info("%s", describe(config, Machine.here(), sparse=hf.moe is not None))
         self.gpt = build_gpt(
             hf,
             config.model,
@@ -71,7 +81,10 @@ class Student:
             virtual_stages=parallel.num_virtual_stages_per_pipeline_rank,
             lora=config.lora if config.lora.lora_rank > 0 else None,
         )
-        hf_weights.load(self.gpt, groups)
+        if hf.moe is not None and config.lora.lora_rank > 0 and groups.rank == 0:
+            logger.info("adapters are on attention alone: router, experts and feed-forwards stay as they are")
+        if not random_weights:
+            load_initial_weights(self.gpt, groups, config.model.megatron_checkpoint, "megatron-checkpoint")
         self.ddp = [
             DistributedDataParallel(
                 config=self.gpt.config,
@@ -116,7 +129,15 @@ class Student:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._run(micro_batches, teacher, forward_only=False)
+        moe = self.gpt.hf.moe
+        if moe is None:
+            return self._run(micro_batches, teacher, forward_only=False)
+        begin_step(self.gpt, micro_batches, self.groups)
+        sums = self._run(micro_batches, teacher, forward_only=False)
+        imbalance = load_imbalance(self.gpt, len(moe.sparse_layers), moe.num_experts, self.groups)
+        if sums:
+            sums[0]["expert_imbalance"] = imbalance, torch.ones_like(imbalance)
+        return sums
 
     def audit(self, micro_batches: Sequence[MicroBatch], teacher: Teacher) -> list[Sums]:
         """Measure the same sums without training. Collective over all ranks."""
@@ -173,13 +194,15 @@ class Student:
     def _loss(
         self, hidden: Tensor, teacher_rows: Tensor, teacher_weight: Tensor, batch: MicroBatch
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        weight = self._dealt(batch.token_weight)
+        weight, head = self._dealt(batch.token_weight), self.gpt.output_weight
+        learns = torch.is_grad_enabled() and head.requires_grad
+        into_buffer = learns and self.config.model.gradient_accumulation_fusion
         output = distillation_loss(
             self.config.objective,
             student_rows=response_rows(
                 hidden.squeeze(1), batch.student, self.groups, sequence_parallel=self._sequence_parallel
             ),
-            student_weight=self.gpt.output_weight,
+            student_weight=head,
             teacher_rows=teacher_rows,
             teacher_weight=teacher_weight,
             vocab_size=self._vocab_size,
@@ -188,10 +211,14 @@ class Student:
             epistemic_ids=self._epistemic_ids,
             tp_group=self.groups.tp,
             sequence_parallel=self._sequence_parallel,
+            student_weight_grad=head.main_grad if into_buffer else None,  # type: ignore[attr-defined]
         )
         sums = diagnostic_sums(output, weight, self._dealt(batch.y_o_correct), self.config.objective.token_clip)
         num_tokens = torch.ones((), dtype=torch.int, device=hidden.device)
-        return output.loss, num_tokens, {"sums": sums}
+        loss = output.loss
+        if into_buffer and not self.gpt.head_is_embedding:
+            loss = announce_in_main_grad(loss, head)
+        return loss, num_tokens, {"sums": sums}
 
     def _dealt(self, values: Tensor) -> Tensor:
         return response_values(values, self.groups, sequence_parallel=self._sequence_parallel)

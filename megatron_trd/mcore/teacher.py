@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from torch import Tensor
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.packing import PackedStream
-from megatron_trd.mcore import hf_weights
 from megatron_trd.mcore.gpt import GPTChunks, build_gpt
 from megatron_trd.mcore.groups import Groups
 from megatron_trd.mcore.hf_config import HFModel
+from megatron_trd.mcore.initial_weights import load_initial_weights
 from megatron_trd.mcore.lora import adapters_disabled
 from megatron_trd.mcore.offload import BoundedRows, OffloadedWeights
 from megatron_trd.mcore.schedule import rows_without_gradients
@@ -73,11 +74,16 @@ class Teacher:
         return rows
 
 
-def build_teacher(config: Config, groups: Groups, student: GPTChunks, teacher_hf: HFModel) -> Teacher:
+def build_teacher(
+    config: Config, groups: Groups, student: GPTChunks, teacher_hf: HFModel, *, random_weights: bool = False
+) -> Teacher:
     """Choose the teacher of this run; load a second model only where none of the student's can serve.
 
     `--mode opd`: the teacher's checkpoint. `--mode opsd`: `current` is the student itself; `initial` is its base
     without adapters under LoRA, and a frozen copy of its first weights in full fine-tuning.
+
+    Args:
+        random_weights: read no weights for a second model, which then has others than the student; for measurements.
     """
     max_hidden_bytes = config.model.teacher_hidden_mb * 2**20
     if config.method.mode == "opsd":
@@ -85,8 +91,15 @@ def build_teacher(config: Config, groups: Groups, student: GPTChunks, teacher_hf
             return Teacher(student, groups, max_hidden_bytes=max_hidden_bytes)
         if config.lora.lora_rank > 0:
             return Teacher(student, groups, max_hidden_bytes=max_hidden_bytes, without_adapters=True)
-    model = build_gpt(teacher_hf, config.model, groups, sequence_parallel=config.parallel.sequence_parallel)
-    hf_weights.load(model, groups)
+    # A target that is not rounded, of a model that is never trained.
+    model_config = replace(config.model, fp8_format=None, recompute_granularity="none", cpu_offloading_num_layers=0)
+    model = build_gpt(teacher_hf, model_config, groups, sequence_parallel=config.parallel.sequence_parallel)
+    if config.method.mode == "opd":
+        start, flag = config.model.teacher_megatron_checkpoint, "teacher-megatron-checkpoint"
+    else:
+        start, flag = config.model.megatron_checkpoint, "megatron-checkpoint"
+    if not random_weights:
+        load_initial_weights(model, groups, start, flag)
     return Teacher(
         model.requires_grad_(False), groups, max_hidden_bytes=max_hidden_bytes, offload=config.model.offload_teacher
     )

@@ -27,6 +27,7 @@ NAMES = (
     "teacher_entropy",
     "top1_agreement",
     "epistemic_mass",
+    "expert_imbalance",
 )
 
 Sums = dict[str, tuple[Tensor, Tensor]]

@@ -22,6 +22,7 @@ def distillation_loss(
     epistemic_ids: Tensor,
     tp_group: dist.ProcessGroup,
     sequence_parallel: bool,
+    student_weight_grad: Tensor | None = None,
 ) -> LinearKLDivOutput:
     """Return sum_r weight_r D(p_r, q_r) over the response tokens, its tokens' values and their statistics.
 
@@ -30,6 +31,8 @@ def distillation_loss(
         student_weight, teacher_weight: this rank's rows of each output layer, the same vocabulary range.
         token_weight_R, response_ids_R: [R], identical on all tensor-parallel ranks.
         epistemic_ids: token ids whose teacher probability is summed.
+        student_weight_grad: fp32, shaped as `student_weight`: its gradient is added here, already in this forward pass,
+            and the backward pass gives it none. The loss must then be the root of that pass.
     """
     return linear_kl_div(
         student_rows,
@@ -50,6 +53,8 @@ def distillation_loss(
         stats=STATISTICS,
         tp_group=tp_group,
         sequence_parallel=sequence_parallel,
+        grad_weight_out=student_weight_grad,
+        grad_weight_factor=None if student_weight_grad is None else 1.0,
         workspace_mb=config.kl_workspace_mb,
         backend=config.kl_backend,
     )

@@ -25,6 +25,8 @@ class Answer:
     """From `logprob_start_len` on, at T = 1; the first is None."""
     weight_version: str | None
     """Of the weights at its end."""
+    meta: Mapping[str, Any]
+    """The server's own words about it, for who asked for more."""
 
 
 def sampling_body(prompt_ids: Sequence[int], params: SamplingParams, done_ids: Sequence[int] = ()) -> dict[str, Any]:
@@ -113,6 +115,7 @@ def read_answer(raw: Any, where: str, adapter_version: str | None = None) -> Ans
             ),
             prompt_logprobs=tuple(entry[0] for entry in meta.get("input_token_logprobs") or ()),
             weight_version=None if final is None else str(final),
+            meta=meta,
         )
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ServerError(

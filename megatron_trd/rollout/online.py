@@ -81,6 +81,7 @@ class OnlineRollouts:
             self.task,
             self.sampling,
             data.seed,
+            method=self.config.method,
             max_staleness=self.config.rollout.rollout_staleness or None,
         )
         return await runner.run(ProblemSource(self.task, data.rollout_batch_size, cursor).draw(), iteration)

@@ -1,21 +1,27 @@
-"""The method's data: x -> y_o -> y_r, and which of them becomes a training sample."""
+"""The method's data: x -> y_o -> y_r, both graded. `to_sample.py` makes training samples of it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_trd.config.schema import MethodConfig, RolloutConfig
-from megatron_trd.records import Completion, Problem, Sample, Trajectory
+from megatron_trd.records import Candidate, Completion, KeptPrefix, Problem, Reasoning, Trajectory, Verdict
 from megatron_trd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_trd.rollout.failing_prefix import find_failing_prefix, head, step_ends
+from megatron_trd.rollout.generate_wire import NOTHING, joined
+from megatron_trd.rollout.grading import Graders, warn_of_grader_errors
+from megatron_trd.rollout.reasoning import ReasoningTokens
 from megatron_trd.rollout.renderer import Renderer
+from megatron_trd.rollout.selection import select
 from megatron_trd.rollout.staleness import behind, staleness_metrics
+from megatron_trd.rollout.summary import summarize, verdicts_of
+from megatron_trd.rollout.vocabulary import stop_token_ids
 from megatron_trd.tasks.base import Task
 
 MAX_OPEN_PROBLEMS = 2048
@@ -31,8 +37,16 @@ def sampling_params(rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase) 
         temperature=rollout.rollout_temperature,
         top_p=rollout.rollout_top_p,
         top_k=rollout.rollout_top_k,
-        stop_token_ids=(tokenizer.eos_token_id,),
+        stop_token_ids=stop_token_ids(tokenizer),
     )
+
+
+def describe_refinement(method: MethodConfig) -> str:
+    """Return what decides how y_r comes about, for people and to compare."""
+    start: str = method.refine_from
+    if start == "failing-prefix":
+        start += f" ({method.prefix_steps}, {method.prefix_min_correct} of {method.prefix_continuations})"
+    return f"{method.refine_select} of {method.refine_samples} from {start}"
 
 
 def stable_seed(*parts: object) -> int:
@@ -57,7 +71,7 @@ class RolloutBatch:
 
 
 class RolloutRunner:
-    """Samples y_o, asks for y_r the moment its own y_o ends, and grades both off the event loop."""
+    """Samples y_o, asks for y_r as soon as its own y_o allows it, and grades both meanwhile."""
 
     def __init__(
         self,
@@ -68,20 +82,22 @@ class RolloutRunner:
         sampling: SamplingParams,
         seed: int,
         *,
-        executor: Executor | None = None,
+        method: MethodConfig | None = None,
         max_staleness: int | None = None,
     ) -> None:
         """Assemble the runner.
 
         Args:
             refiner: writes y_r; None for methods that train on y_o.
-            executor: where verifiers run; None = the event loop's threads.
+            method: how y_r is made; None = the defaults.
             max_staleness: iterations that the oldest token of the student may be behind the iteration it is for; an
                 older completion is sampled again. None: as the engine gives it.
         """
         self.student, self.refiner, self.renderer, self.task = student, refiner, renderer, task
-        self.sampling, self.seed, self.executor = sampling, seed, executor
+        self.sampling, self.seed, self.method = sampling, seed, method or MethodConfig()
         self.max_staleness, self.num_redone = max_staleness, 0
+        self._reasoning = ReasoningTokens.of(renderer.tokenizer)
+        self._graders = Graders(task)
         self._last_y_o_at = 0.0
 
     async def run(self, problems: Sequence[Problem], iteration: int) -> RolloutBatch:
@@ -94,6 +110,7 @@ class RolloutRunner:
         age = staleness_metrics(done.values(), iteration, student_refines=self.refiner is self.student)
         if self.max_staleness is not None:
             age["rollout/redone_stale"] = float(self.num_redone - redone_before)
+        warn_of_grader_errors(verdicts_of(done.values()))
         return RolloutBatch(trajectories=[done[p.id] for p in problems], stage_seconds=seconds, age=age)
 
     async def stream(self, problems: Iterable[Problem], iteration: int) -> AsyncIterator[Trajectory]:
@@ -124,41 +141,98 @@ class RolloutRunner:
 
     async def rollout(self, problem: Problem, iteration: int) -> Trajectory:
         """Take one problem through both stages."""
-        solve_ids, vanilla_ids = self.renderer.solve(problem), self.renderer.vanilla(problem)
+        solve_ids, (vanilla_ids, vanilla_cut) = self.renderer.solve(problem), self.renderer.vanilla(problem)
         y_o = await self._sample(self.student, solve_ids, problem, iteration, "y_o")
         self._last_y_o_at = time.perf_counter()
-        if self.refiner is None or y_o.finish_reason == "abort":
-            return Trajectory(
-                problem=problem,
-                y_o=y_o,
-                y_o_correct=await self._grade(problem, y_o),
-                solve_prompt_ids=solve_ids,
-                vanilla_prompt_ids=vanilla_ids,
-            )
-        refine_ids, num_cut = self.renderer.refine(problem, y_o.text)
-        y_o_correct, y_r = await asyncio.gather(
-            self._grade(problem, y_o), self._sample(self.refiner, refine_ids, problem, iteration, "y_r")
-        )
-        return Trajectory(
+        draft = Trajectory(
             problem=problem,
             y_o=y_o,
-            y_o_correct=y_o_correct,
+            y_o_verdict=None,
             solve_prompt_ids=solve_ids,
             vanilla_prompt_ids=vanilla_ids,
-            y_r=y_r,
-            y_r_correct=await self._grade(problem, y_r),
-            refine_prompt_ids=refine_ids,
-            refine_cut_tokens=num_cut,
+            vanilla_cut_tokens=vanilla_cut,
+        )
+        if self.refiner is None or y_o.finish_reason == "abort":
+            return replace(draft, y_o_verdict=await self._graders.grade(problem, y_o))
+        refine_ids, num_cut = self.renderer.refine(problem, y_o.text)
+        draft = replace(draft, refine_prompt_ids=refine_ids, refine_cut_tokens=num_cut)
+        if self.method.refine_from == "start":
+            verdict, refined = await asyncio.gather(
+                self._graders.grade(problem, y_o), self._refine(self.refiner, draft, iteration)
+            )
+            return replace(refined, y_o_verdict=verdict)
+        draft = replace(draft, y_o_verdict=await self._graders.grade(problem, y_o))
+        if draft.y_o_correct is False:
+            draft = replace(draft, kept=await self._find_kept(draft, iteration))
+        return await self._refine(self.refiner, draft, iteration)
+
+    async def _refine(self, refiner: RolloutEngine, draft: Trajectory, iteration: int) -> Trajectory:
+        """Let the refiner go on from the refinement prompt and what is kept of y_o; choose y_r among what it writes."""
+        start = NOTHING if draft.kept is None else head(draft.y_o, draft.kept.num_tokens)
+
+        async def one(index: int) -> Candidate:
+            stage = f"y_r {index}" if index else "y_r"
+            y_r = await self._sample(refiner, draft.refine_prompt_ids, draft.problem, iteration, stage, start)
+            return Candidate(completion=y_r, verdict=await self._graders.grade(draft.problem, y_r))
+
+        candidates = await asyncio.gather(*(one(index) for index in range(self.method.refine_samples)))
+        reasonings = [self._find_reasoning(draft, candidate.completion) for candidate in candidates]
+        selection = select(candidates, reasonings, self.method.refine_select)
+        chosen = 0 if selection is None else selection.chosen
+        return replace(
+            draft,
+            y_r=candidates[chosen].completion,
+            y_r_verdict=candidates[chosen].verdict,
+            y_r_reasoning=reasonings[chosen],
+            selection=selection,
         )
 
+    def _find_reasoning(self, draft: Trajectory, y_r: Completion) -> Reasoning | None:
+        if self._reasoning is None:
+            return None
+        return self._reasoning.find(draft.solve_prompt_ids, draft.refine_prompt_ids, y_r.token_ids)
+
+    async def _find_kept(self, draft: Trajectory, iteration: int) -> KeptPrefix:
+        """Find the last step of y_o from which the student still reaches the answer."""
+        y_o, problem = draft.y_o, draft.problem
+
+        async def one(num_tokens: int, index: int) -> Verdict | None:
+            stage = f"prefix {num_tokens} {index}"
+            start = head(y_o, num_tokens)
+            return await self._graders.grade(
+                problem, await self._sample(self.student, draft.solve_prompt_ids, problem, iteration, stage, start)
+            )
+
+        async def probe(num_tokens: int) -> tuple[Verdict | None, ...]:
+            num = self.method.prefix_continuations
+            return tuple(await asyncio.gather(*(one(num_tokens, index) for index in range(num))))
+
+        said = y_o.token_ids[:-1] if y_o.finish_reason == "stop" else y_o.token_ids
+        ends = step_ends(said, self.renderer.tokenizer, self.method.prefix_steps)
+        return await find_failing_prefix(ends, self.method.prefix_min_correct, probe)
+
     async def _sample(
-        self, engine: RolloutEngine, prompt_ids: Sequence[int], problem: Problem, iteration: int, stage: str
+        self,
+        engine: RolloutEngine,
+        prompt_ids: Sequence[int],
+        problem: Problem,
+        iteration: int,
+        stage: str,
+        start: Completion = NOTHING,
     ) -> Completion:
-        """Sample; from the student again while a token is older than allowed, until the last try fails."""
-        params = replace(self.sampling, sampling_seed=stable_seed(self.seed, iteration, problem.id, stage))
+        """Sample, or go on from `start`; from the student again while a token is older than allowed, until the last
+        try fails."""
+        params = replace(
+            self.sampling,
+            max_new_tokens=self.sampling.max_new_tokens - len(start.token_ids),
+            sampling_seed=stable_seed(self.seed, iteration, problem.id, stage),
+        )
         for _ in range(MAX_REDONE + 1):
-            completion = await engine.generate(prompt_ids, params)
-            if engine is not self.student or self._is_fresh(completion, iteration):
+            completion = await engine.generate([*prompt_ids, *start.token_ids], params)
+            is_fresh = engine is not self.student or self._is_fresh(completion, iteration)
+            if start.token_ids:
+                completion = joined(start, completion, self.sampling, self._decode)
+            if is_fresh:
                 return completion
             self.num_redone += 1
         return replace(
@@ -175,112 +249,5 @@ class RolloutRunner:
         age = behind([completion], iteration)
         return age is not None and age <= self.max_staleness
 
-    async def _grade(self, problem: Problem, completion: Completion) -> bool | None:
-        if completion.finish_reason == "abort":
-            return None
-        loop = asyncio.get_running_loop()
-        verdict = await loop.run_in_executor(
-            self.executor, self.task.grade, problem, completion.text, completion.finish_reason
-        )
-        return None if verdict.outcome == "grader_error" else verdict.correct
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """What became of a trajectory."""
-
-    sample: Sample | None
-    reason: str | None = None
-    """Set when something other than the plain good case happened; counted as `rollout/<reason>`."""
-
-
-def to_sample(trajectory: Trajectory, method: MethodConfig) -> Decision:
-    """Choose the response and the teacher's context, or say why there is none.
-
-    Reasons: `filtered` (--trajectory-filter), `bad_y_o` (failed or without tokens), `bad_y_r_kept`,
-    `bad_y_r_dropped` and `bad_y_r_replaced` (--on-bad-refinement). A good y_r ended by itself and says something.
-    """
-    if not _passes(trajectory, method.trajectory_filter):
-        return Decision(sample=None, reason="filtered")
-    if not _is_usable(trajectory.y_o):
-        return Decision(sample=None, reason="bad_y_o")
-    if method.trajectory == "y_o":
-        return Decision(sample=_along_y_o(trajectory))
-    y_r = trajectory.y_r
-    if y_r is not None and y_r.finish_reason == "stop" and y_r.text.strip():
-        return Decision(sample=_along_y_r(trajectory, y_r))
-    if method.on_bad_refinement == "use_y_o":
-        return Decision(sample=_along_y_o(trajectory), reason="bad_y_r_replaced")
-    if method.on_bad_refinement == "keep" and y_r is not None and y_r.token_ids:
-        return Decision(sample=_along_y_r(trajectory, y_r), reason="bad_y_r_kept")
-    return Decision(sample=None, reason="bad_y_r_dropped")
-
-
-def _passes(trajectory: Trajectory, trajectory_filter: str) -> bool:
-    match trajectory_filter:
-        case "fail":
-            return trajectory.y_o_correct is False
-        case "succ":
-            return trajectory.y_o_correct is True
-        case "fail_to_succ":
-            return trajectory.y_o_correct is False and trajectory.y_r_correct is True
-        case _:
-            return True
-
-
-def _is_usable(completion: Completion) -> bool:
-    return completion.finish_reason != "abort" and bool(completion.token_ids)
-
-
-def _along_y_o(trajectory: Trajectory) -> Sample:
-    return Sample(
-        problem_id=trajectory.problem.id,
-        student_prompt_ids=trajectory.solve_prompt_ids,
-        teacher_prompt_ids=trajectory.vanilla_prompt_ids,
-        response_ids=trajectory.y_o.token_ids,
-        y_o_correct=trajectory.y_o_correct,
-    )
-
-
-def _along_y_r(trajectory: Trajectory, y_r: Completion) -> Sample:
-    return Sample(
-        problem_id=trajectory.problem.id,
-        student_prompt_ids=trajectory.solve_prompt_ids,
-        teacher_prompt_ids=trajectory.refine_prompt_ids,
-        response_ids=y_r.token_ids,
-        y_o_correct=trajectory.y_o_correct,
-    )
-
-
-def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Return rates, lengths and the 2x2 outcomes of an iteration; what has no data has no entry."""
-    metrics: dict[str, float] = {"rollout/trajectories": float(len(trajectories))}
-
-    def mean(tag: str, values: Iterable[float]) -> None:
-        listed = [float(value) for value in values]
-        if listed:
-            metrics[f"rollout/{tag}"] = sum(listed) / len(listed)
-
-    for stage in ("y_o", "y_r"):
-        graded = [
-            (completion, correct)
-            for t in trajectories
-            for completion, correct in [(t.y_o, t.y_o_correct) if stage == "y_o" else (t.y_r, t.y_r_correct)]
-            if completion is not None
-        ]
-        mean(f"{stage}_pass", (correct for _, correct in graded if correct is not None))
-        mean(f"{stage}_truncated", (completion.finish_reason == "length" for completion, _ in graded))
-        mean(f"{stage}_failed", (completion.finish_reason == "abort" for completion, _ in graded))
-        whole = [(completion, correct) for completion, correct in graded if completion.finish_reason != "abort"]
-        mean(f"{stage}_tokens", (len(completion.token_ids) for completion, _ in whole))
-        for verdict, name in ((True, "correct"), (False, "incorrect")):
-            mean(f"{stage}_tokens_{name}", (len(c.token_ids) for c, correct in whole if correct is verdict))
-    names = {True: "pass", False: "fail"}
-    both = [(t.y_o_correct, t.y_r_correct) for t in trajectories if None not in (t.y_o_correct, t.y_r_correct)]
-    if both:
-        for was in names:
-            for became in names:
-                metrics[f"rollout/{names[was]}_{names[became]}"] = float(both.count((was, became)))
-    refined = [t for t in trajectories if t.refine_prompt_ids]
-    mean("refine_cut", (t.refine_cut_tokens > 0 for t in refined))
-    return metrics
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.renderer.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -145,13 +145,16 @@ class SGLangFleet(ServerPool):
 
     async def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[float, ...]:
         """Return the served model's log-probability of each response token at T = 1. Raises ServerError."""
-        body = scoring_body(prompt_ids, response_ids)
-        async with self._slots:
-            answer = await self._ask(body, hash(tuple(prompt_ids)), self._tries())
+        answer = await self.ask(scoring_body(prompt_ids, response_ids), prompt_ids)
         scores = tuple(score for score in answer.prompt_logprobs[1:] if score is not None)
         if len(scores) != len(response_ids):
             raise ServerError(f"a server scored {len(scores)} of {len(response_ids)} tokens; is it an SGLang server?")
         return scores
+
+    async def ask(self, body: Mapping[str, Any], prompt_ids: Sequence[int]) -> Answer:
+        """Send a body of one's own to `/generate`; the prompt chooses the server. Raises ServerError."""
+        async with self._slots:
+            return await self._ask(body, hash(tuple(prompt_ids)), self._tries())
 
     def _tries(self) -> Tries:
         return Tries(self.retries, self.request_timeout_s, self.first_backoff_s, self._random)

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from megatron_trd.log import get_logger
-from megatron_trd.records import Completion, Problem, Trajectory, VersionSpan
+from megatron_trd.records import (
+    Candidate,
+    Completion,
+    FinishReason,
+    KeptPrefix,
+    Outcome,
+    PrefixProbe,
+    Problem,
+    Reasoning,
+    Selection,
+    SelectionReason,
+    Trajectory,
+    Verdict,
+    VersionSpan,
+)
 
 logger = get_logger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 Fingerprint = Mapping[str, str]
 """What the trajectories of a file have in common (model, prompts, sampling, ...); values are compared as they are."""
 
@@ -81,7 +96,10 @@ def json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: not valid JSON ({error}); remove or repair the line") from error
             if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-                raise ValueError(f"{path}:{number}: not a trajectory of schema {SCHEMA}; make the file anew")
+                raise ValueError(
+                    f"{path}:{number}: not a trajectory of schema {SCHEMA}; make the file anew with python -m "
+                    "megatron_trd.generate"
+                )
             if not isinstance(record.get("fingerprint"), dict):
                 raise ValueError(f"{path}:{number}: has no fingerprint; make the file anew")
             yield number, record
@@ -99,17 +117,20 @@ def require_same(path: Path, number: int, found: Fingerprint, wanted: Fingerprin
 
 def _parse(path: Path, number: int, record: Mapping[str, Any]) -> Trajectory:
     try:
-        y_r = record["y_r"]
         return Trajectory(
             problem=Problem(**record["problem"]),
             y_o=parse_completion(record["y_o"]),
-            y_o_correct=record["y_o_correct"],
+            y_o_verdict=_optional(_verdict, record["y_o_verdict"]),
             solve_prompt_ids=_ids(record["solve_prompt_ids"]),
             vanilla_prompt_ids=_ids(record["vanilla_prompt_ids"]),
-            y_r=None if y_r is None else parse_completion(y_r),
-            y_r_correct=record["y_r_correct"],
+            y_r=_optional(parse_completion, record["y_r"]),
+            y_r_verdict=_optional(_verdict, record["y_r_verdict"]),
             refine_prompt_ids=_ids(record["refine_prompt_ids"]),
             refine_cut_tokens=record["refine_cut_tokens"],
+            vanilla_cut_tokens=record["vanilla_cut_tokens"],
+            y_r_reasoning=_optional(_reasoning, record["y_r_reasoning"]),
+            kept=_optional(_kept, record["kept"]),
+            selection=_optional(_selection, record["selection"]),
         )
     except KeyError as error:
         raise ValueError(f"{path}:{number}: field {error} is missing; remove or repair the line") from error
@@ -119,19 +140,55 @@ def _parse(path: Path, number: int, record: Mapping[str, Any]) -> Trajectory:
 
 def parse_completion(record: Mapping[str, Any]) -> Completion:
     """Return a completion from its JSON. Raises KeyError, TypeError or ValueError."""
-    if record["finish_reason"] not in ("stop", "length", "abort"):
-        raise ValueError(f"finish_reason {record['finish_reason']!r} is unknown")
-    fields = {key: value for key, value in record.items() if key != "weight_versions"}
-    fields |= {"token_ids": _ids(record["token_ids"]), "logprobs": tuple(record["logprobs"])}
-    return Completion(**{**fields, "weight_spans": _spans(record)})
+    return Completion(
+        **{
+            **record,
+            "token_ids": _ids(record["token_ids"]),
+            "finish_reason": _one_of(FinishReason, "finish_reason", record),
+            "logprobs": tuple(record["logprobs"]),
+            "weight_spans": tuple(VersionSpan(**span) for span in record["weight_spans"]),
+        }
+    )
 
 
-def _spans(record: Mapping[str, Any]) -> tuple[VersionSpan, ...]:
-    """Return the spans; older files name the versions without saying where, so that each may be anywhere."""
-    if "weight_versions" in record:
-        everywhere = {"start": 0, "end": len(record["token_ids"])}
-        return tuple(VersionSpan(version=version, **everywhere) for version in record["weight_versions"])
-    return tuple(VersionSpan(**span) for span in record["weight_spans"])
+T = TypeVar("T")
+
+
+def _optional(parse: Callable[[Mapping[str, Any]], T], record: Mapping[str, Any] | None) -> T | None:
+    return None if record is None else parse(record)
+
+
+def _verdict(record: Mapping[str, Any]) -> Verdict:
+    return Verdict(**{**record, "outcome": _one_of(Outcome, "outcome", record)})
+
+
+def _reasoning(record: Mapping[str, Any]) -> Reasoning:
+    suffixes = {name: _ids(record[name]) for name in ("student_suffix_ids", "teacher_suffix_ids")}
+    return Reasoning(**{**record, **suffixes})
+
+
+def _kept(record: Mapping[str, Any]) -> KeptPrefix:
+    return KeptPrefix(**{**record, "probes": tuple(_probe(probe) for probe in record["probes"])})
+
+
+def _probe(record: Mapping[str, Any]) -> PrefixProbe:
+    return PrefixProbe(**{**record, "verdicts": tuple(_optional(_verdict, verdict) for verdict in record["verdicts"])})
+
+
+def _selection(record: Mapping[str, Any]) -> Selection:
+    rejected = tuple(
+        Candidate(
+            completion=parse_completion(candidate["completion"]), verdict=_optional(_verdict, candidate["verdict"])
+        )
+        for candidate in record["rejected"]
+    )
+    return Selection(**{**record, "reason": _one_of(SelectionReason, "reason", record), "rejected": rejected})
+
+
+def _one_of(choices: Any, name: str, record: Mapping[str, Any]) -> Any:
+    if record[name] not in typing.get_args(choices):
+        raise ValueError(f"{name} {record[name]!r} is unknown")
+    return record[name]
 
 
 def _ids(values: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,6 +20,28 @@ def load_tokenizer(path: str | Path, flag: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--{flag} {path}: its tokenizer has no end-of-sequence token; set eos_token in its config")
     return tokenizer
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return every id that ends a response: the tokenizer's, then those of `generation_config.json` beside it.
+
+    Chat models stop on more than one, Qwen3 on the end of the turn and the end of the text.
+
+    Raises:
+        ValueError: the file cannot be read, or names an id that the tokenizer does not have.
+    """
+    ids = [tokenizer.eos_token_id]
+    path = Path(tokenizer.name_or_path) / "generation_config.json"
+    if path.is_file():
+        try:
+            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: is not a JSON object; copy it anew from the model") from error
+        ids += named if isinstance(named, list) else [] if named is None else [named]
+    for stop in ids:
+        if type(stop) is not int or not 0 <= stop < len(tokenizer):
+            raise ValueError(f"{path}: eos_token_id {stop} is no token of the tokenizer beside it; copy both anew")
+    return tuple(dict.fromkeys(ids))
 
 
 def require_same_vocabulary(

@@ -13,14 +13,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_trd.config.schema import Config
+from megatron_trd.config.schema import Config, MethodConfig
 from megatron_trd.log import get_logger
 from megatron_trd.records import Completion, Sample, Trajectory
 from megatron_trd.rollout.ahead import ObservedServers, RolloutProcess
 from megatron_trd.rollout.colocation import Colocation
-from megatron_trd.rollout.evaluation import evaluate
+from megatron_trd.rollout.evaluation import evaluate, evaluation_sampling
 from megatron_trd.rollout.online import OnlineRollouts, fleet_counters, open_student
-from megatron_trd.rollout.refine import RolloutBatch, sampling_params
+from megatron_trd.rollout.reasoning import require_reasoning_tokens
+from megatron_trd.rollout.refine import RolloutBatch, describe_refinement, sampling_params
 from megatron_trd.rollout.renderer import Renderer
 from megatron_trd.rollout.sglang import SGLangFleet
 from megatron_trd.rollout.trajectory_file import read_fingerprint, read_trajectories
@@ -47,6 +48,7 @@ class World:
             ValueError: a server does not answer, or the trajectory file cannot be used.
         """
         self._config, self._task, self._tokenizer = config, task, tokenizer
+        require_reasoning_tokens(config.method, tokenizer)
         self._renderer = Renderer.from_config(config, task, tokenizer)
         self._sampling = sampling_params(config.rollout, tokenizer)
         self._recorded: list[Trajectory] = []
@@ -78,7 +80,7 @@ class World:
             self._sync = make_weight_sync(config, servers)
             self._open.push_async_callback(self._sync.close)
         if config.data.trajectories is not None:
-            self._recorded = _read_recorded(config.data.trajectories, config.method.mode)
+            self._recorded = _read_recorded(config.data.trajectories, config.method)
         elif self._ahead is not None:
             self._ahead.wait_ready()
         else:
@@ -142,7 +144,8 @@ class World:
         self._student.require_ready()
 
     def probe(self) -> list[tuple[Sample, tuple[float, ...]]]:
-        """Sample a few short responses to held-out problems, with the log-probabilities the server reports for them."""
+        """Sample a few short responses, with the log-probabilities the server reports for them; to held-out problems,
+        or to training problems where there are none."""
         fleet = self._student
         assert fleet is not None, "there are no servers to probe"
         params = replace(
@@ -169,7 +172,11 @@ class World:
 
     @cached_property
     def _probe_prompts(self) -> list[tuple[int, ...]]:
-        return [self._renderer.solve(problem) for problem in self._task.eval_problems(PROBE_PROBLEMS)]
+        held_out = self._task.eval_problems(PROBE_PROBLEMS)
+        if not held_out and self._recorded:
+            return [trajectory.solve_prompt_ids for trajectory in self._recorded[:PROBE_PROBLEMS]]
+        problems = held_out or [self._task.train_problem(index) for index in range(PROBE_PROBLEMS)]
+        return [self._renderer.solve(problem) for problem in problems]
 
     def evaluate(self) -> dict[str, Any] | None:
         """Sample held-out problems from the served student; None without servers or problems."""
@@ -182,7 +189,7 @@ class World:
             self._task,
             settings.eval_num_problems,
             settings.eval_num_samples,
-            self._sampling,
+            evaluation_sampling(self._config, self._tokenizer),
             self._config.data.seed,
         )
         return self._loop.run_until_complete(result).as_dict()
@@ -211,13 +218,18 @@ class World:
         return {"server/ready": float(ready), **counters}
 
 
-def _read_recorded(path: str, mode: str) -> list[Trajectory]:
+def _read_recorded(path: str, method: MethodConfig) -> list[Trajectory]:
     if not Path(path).is_file():
         raise ValueError(f"--trajectories {path}: no such file; make it with python -m megatron_trd.generate")
-    made_with = read_fingerprint(path)["mode"]
-    if made_with != mode:
+    made_with = read_fingerprint(path)
+    if made_with["mode"] != method.mode:
         raise ValueError(
-            f"--mode {mode}: {path} was made with --mode {made_with}, and its teacher contexts belong to that; "
-            "use the same mode, or make another file"
+            f"--mode {method.mode}: {path} was made with --mode {made_with['mode']}, and its teacher contexts belong "
+            "to that; use the same mode, or make another file"
+        )
+    if describe_refinement(method) not in (made_with["refinement"], describe_refinement(MethodConfig())):
+        raise ValueError(
+            f"--refine-samples, --refine-select, --refine-from, --prefix-* {describe_refinement(method)}: the y_r of "
+            f"{path} are {made_with['refinement']}; leave the flags out, or make another file"
         )
     return list(read_trajectories(path))

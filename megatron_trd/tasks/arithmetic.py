@@ -9,6 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from megatron_trd.records import FinishReason, Problem, Verdict
+from megatron_trd.tasks.base import Task
 
 MAX_VALUE = 59
 """Every number on the way lies in 0..59."""
@@ -36,7 +37,7 @@ def apply_operation(value: int, operation: str) -> int:
             return value // operand
 
 
-class ArithmeticTask:
+class ArithmeticTask(Task):
     """Problems such as `17 +3 /4 ...`, solved by `+3 20 /4 5 ... # 5`.
 
     `W` in a response plays the part of "Wait": the value after it replaces the one before it. Problems are

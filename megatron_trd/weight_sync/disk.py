@@ -114,7 +114,7 @@ def write_hf_directory(
     pending_bytes = num_bytes = 0
 
     def close_shard() -> None:
-        save_file(pending, partial / f"{len(shards)}.part", metadata={"format": "pt"})
+        save_readable(pending, partial / f"{len(shards)}.part")
         shards.append(list(pending))
         pending.clear()
 
@@ -128,13 +128,19 @@ def write_hf_directory(
         num_bytes += tensor.nbytes
     close_shard()
     _name_shards(partial, shards, num_bytes)
-    _copy_template(Path(template_dir), partial, dtypes)
+    copy_template(Path(template_dir), partial, dtypes)
     for path in (*partial.iterdir(), partial):
         _fsync(path)
     shutil.rmtree(destination, ignore_errors=True)
     partial.rename(destination)
     _fsync(destination.parent)
     return num_bytes
+
+
+def save_readable(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; whoever may list its directory may read it (safetensors gives it to its owner alone)."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _name_shards(directory: Path, shards: list[list[str]], num_bytes: int) -> None:
@@ -150,7 +156,7 @@ def _name_shards(directory: Path, shards: list[list[str]], num_bytes: int) -> No
     (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_template(template: Path, directory: Path, dtypes: set[str]) -> None:
+def copy_template(template: Path, directory: Path, dtypes: set[str]) -> None:
     """Copy config and tokenizer; the config names the dtype that the weights really have."""
     for source in sorted({path for pattern in _COPIED for path in template.glob(pattern)}):
         if not source.name.endswith(".index.json"):

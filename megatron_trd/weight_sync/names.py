@@ -21,7 +21,10 @@ FUSED = {  # a part -> what servers keep it in
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
+EXPERTS = {"gate_proj": "w13_weight", "up_proj": "w13_weight", "down_proj": "w2_weight"}
+"""A part of one expert -> where servers keep it for all experts of the layer."""
 _PART = re.compile(rf"\.({'|'.join(FUSED)})\.")
+_EXPERT_PART = re.compile(rf"\.experts\.\d+\.({'|'.join(EXPERTS)})\.weight$")
 NUM_NAMED = 4
 """Names that an error message lists at most."""
 
@@ -91,8 +94,8 @@ def keeps_own_head(url: str, held: Iterable[str], names: Collection[str]) -> boo
     Raises:
         ServerError: names do not fit; the message lists them.
     """
-    places = {name for name in held if name.endswith((".weight", ".bias"))}
-    place_of = {name: name if name in places else _PART.sub(lambda m: f".{FUSED[m[1]]}.", name) for name in names}
+    places = {name for name in held if name.endswith((".weight", ".bias", *EXPERTS.values()))}
+    place_of = {name: name if name in places else _fused(name) for name in names}
     unknown = [name for name, place in place_of.items() if place not in places]
     missing = sorted(places - set(place_of.values()))
     own_head = HEAD in missing and EMBEDDING in place_of
@@ -105,6 +108,12 @@ def keeps_own_head(url: str, held: Iterable[str], names: Collection[str]) -> boo
         remedy = "serve it without LoRA, or use --weight-sync adapter" if lora else "serve the student's architecture"
         raise ServerError(f"{url}: serves another model than the one that is trained: {told}; {remedy}")
     return own_head
+
+
+def _fused(name: str) -> str:
+    if _EXPERT_PART.search(name):
+        return _EXPERT_PART.sub(lambda m: f".experts.{EXPERTS[m[1]]}", name)
+    return _PART.sub(lambda m: f".{FUSED[m[1]]}.", name)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,8 +1,12 @@
-"""A resumed run equals an uninterrupted one, also on another grid."""
+"""A resumed run equals an uninterrupted one; damage, a full disk and another base are named."""
 
 from __future__ import annotations
 
+import logging
 import math
+import resource
+import signal
+import threading
 from pathlib import Path
 
 import psutil
@@ -10,16 +14,12 @@ import pytest
 import torch
 
 from launch import spawn
-from megatron_trd.config.schema import (
-    Config,
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-)
-from tests.distributed.parity import loss_of_all_ranks
-from tiny_models import VOCAB, make_model, make_samples
+from megatron_trd.mcore.checkpoint_files import TRACKER
+from tests.distributed.checkpoint_runs import CP2, DISTOPT, OVERLAP, PP2, TP2, VPP2, open_run
+from tiny_models import make_model
+
+ADAPTER = {"lora_rank": 4, "lora_alpha": 8.0}
+DROPOUT = {**ADAPTER, "lora_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -27,146 +27,168 @@ def model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), tied=True, layers=4)
 
 
-def run_steps(rank, world, model, directory, lora, bf16, grid, start, stop, losses, total_steps=6):
-    """Steps start..stop on a grid, resuming at `start` and saving at `stop`; rank 0 appends its losses to a file."""
-    from megatron_trd.data.packing import Multiples, pack
-    from megatron_trd.mcore import checkpoint
-    from megatron_trd.mcore.groups import initialize_groups
-    from megatron_trd.mcore.hf_config import padded_vocab_size, read_hf_model
-    from megatron_trd.mcore.student import Student
-    from megatron_trd.mcore.teacher import build_teacher
-
-    torch.set_num_threads(1)
-    config = Config(
-        model=ModelConfig(hf_checkpoint=model, bf16=bf16),
-        parallel=ParallelConfig(**grid),
-        lora=LoraConfig(**lora),
-        optimizer=OptimizerConfig(lr=5e-3),
-        data=DataConfig(trajectories="unused"),
-    )
-    groups = initialize_groups(config.parallel, 7, 0)
-    hf = read_hf_model(model, "hf-checkpoint", groups.tp_size)
-    hf = hf.padded_to(padded_vocab_size(VOCAB, 1, groups.tp_size))
-    student = Student(config, groups, hf, total_steps=total_steps, vocab_size=VOCAB, epistemic_ids=[1])
-    teacher = build_teacher(config, groups, student.gpt, hf)
-    root = Path(directory)
-    if start:
-        progress = checkpoint.load(root, start, student, groups)
-        assert progress == {"iteration": start, "note": "kept"}
-    for step in range(start, stop):
-        (batch,) = pack(
-            make_samples(6, seed=step),
-            num_steps=1,
-            dp_size=groups.dp_size,
-            max_tokens=100,
-            multiples=Multiples.of(config.parallel),
-            normalization="sequence",
-        )
-        result = student.train_step(batch[groups.dp_rank], teacher)
-        loss = loss_of_all_ranks(result.sums, groups)
-        if rank == 0:
-            with open(losses, "a") as file:
-                file.write(f"{loss.item()!r} {result.grad_norm!r} {result.lr!r}\n")
-    checkpoint.save(root, student, groups, {"iteration": stop, "note": "kept"})
-    helpers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
-    assert not helpers, f"a killed rank would leave these behind: {helpers}"
-
-
-def numbers(path: Path) -> list[list[float]]:
-    return [[float(x) for x in line.split()] for line in path.read_text().splitlines()]
-
-
-FULL = {"lora_rank": 0}
-ADAPTER = {"lora_rank": 4, "lora_alpha": 8.0}
-DROPOUT = {**ADAPTER, "lora_dropout": 0.1}
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-DP2 = {"use_distributed_optimizer": True}
-PP2 = {"pipeline_model_parallel_size": 2}
-VPP2 = {**PP2, "num_virtual_stages_per_pipeline_rank": 2}
-CP2 = {"context_parallel_size": 2}
-OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+def save_train_and_resume(rank, world, model, root, lora, bf16, grids):
+    """Save in the middle of a run while it goes on; resume it on the last grid; return steps 2 and 3 of both."""
+    run = open_run(model, grids[0], lora=lora, bf16=bf16)
+    checkpoints = run.checkpoints(root, async_save=True)
+    for number in range(2):
+        run.step(number)
+    go_on = threading.Event()
+    checkpoints._thread.submit(go_on.wait)  # not a byte is written before the run has gone on
+    checkpoints.save(run.student, {"iteration": 2, "note": "kept"})
+    straight = [run.step(number) for number in range(2, 4)]
+    go_on.set()
+    checkpoints.finish()
+    assert not psutil.Process().children(), "a killed rank would leave these behind"
+    again = open_run(model, grids[-1], lora=lora, bf16=bf16)
+    assert again.checkpoints(root).resume(again.student) == {"iteration": 2, "note": "kept"}
+    return straight, [again.step(number) for number in range(2, 4)]
 
 
 @pytest.mark.parametrize(
-    ("lora", "bf16", "first", "second", "exact"),
+    ("world", "lora", "bf16", "grids"),
     [
-        (DROPOUT, False, TP2, TP2, True),
-        (FULL, True, DP2, DP2, True),
-        (FULL, False, OVERLAP, OVERLAP, True),
-        (FULL, True, {**PP2, **CP2, **OVERLAP}, {**PP2, **CP2, **OVERLAP}, True),
-        (DROPOUT, False, VPP2, VPP2, True),
-        # On another grid: the same numbers up to rounding.
-        (FULL, False, DP2, {**TP2, **DP2}, False),
-        (ADAPTER, False, {**TP2, **DP2}, DP2, False),
-        (FULL, False, {**CP2, **DP2}, {**VPP2, **DP2}, False),
-        (ADAPTER, False, {**VPP2, **OVERLAP}, {**CP2, **DP2}, False),
-        (FULL, False, {**PP2, **CP2, **DP2}, {**TP2, **DP2}, False),  # on half as many ranks
+        (2, DROPOUT, False, [{"tensor_model_parallel_size": 2}]),
+        (2, DROPOUT, False, [VPP2]),
+        (4, {}, True, [{**PP2, **CP2, **OVERLAP}]),
+        (4, ADAPTER, False, [{**VPP2, **OVERLAP}, {**TP2, **CP2, **DISTOPT}]),
     ],
 )
-def test_resumed_run_equals_uninterrupted(model, tmp_path, lora, bf16, first, second, exact) -> None:
-    before, after = (max(2, ParallelConfig(**grid).model_parallel_size) for grid in (first, second))
-    common = (str(model), str(tmp_path / "straight"), lora, bf16)
-    spawn(run_steps, before, *common, first, 0, 4, str(tmp_path / "straight.txt"), timeout_s=200)
-    common = (str(model), str(tmp_path / "split"), lora, bf16)
-    spawn(run_steps, before, *common, first, 0, 2, str(tmp_path / "split.txt"), timeout_s=200)
-    spawn(run_steps, after, *common, second, 2, 4, str(tmp_path / "split.txt"), timeout_s=200)
-    straight, split = numbers(tmp_path / "straight.txt"), numbers(tmp_path / "split.txt")
-    assert len(straight) == len(split) == 4
-    assert straight[0][0] != straight[3][0]
-    if exact:
-        assert straight == split
-    else:
-        torch.testing.assert_close(torch.tensor(split), torch.tensor(straight), rtol=1e-4, atol=1e-7)
+def test_resumed_run_equals_uninterrupted(model, tmp_path, world, lora, bf16, grids) -> None:
+    straight, resumed = spawn(save_train_and_resume, world, model, tmp_path, lora, bf16, grids)[0]
+    assert straight[0][0] != straight[1][0]
+    if len(grids) == 1:
+        assert resumed == straight
+    else:  # on another grid the same numbers up to rounding
+        torch.testing.assert_close(torch.tensor(resumed), torch.tensor(straight), rtol=1e-6, atol=0)
+
+
+def resume_longer(rank, world, model, root):
+    """Save before the first step, resume a longer run from there and take its first step."""
+    run = open_run(model, {})
+    run.checkpoints(root).save(run.student, {"iteration": 0})
+    first = run.step(0)
+    again = open_run(model, {}, steps=20)
+    again.checkpoints(root).resume(again.student)
+    return first, again.step(0), again.step(1), again.step(2)
 
 
 def test_a_resumed_run_may_be_longer(model, tmp_path) -> None:
-    common = (str(model), str(tmp_path / "run"), FULL, False, {})
-    spawn(run_steps, 1, *common, 0, 2, str(tmp_path / "short.txt"), timeout_s=200)
-    spawn(run_steps, 1, *common, 2, 3, str(tmp_path / "long.txt"), 20, timeout_s=200)
-    ((_, _, lr),) = numbers(tmp_path / "long.txt")
+    ((first, again, _, third),) = spawn(resume_longer, 1, model, tmp_path)
+    assert again[:2] == first[:2]
     warmup, total = 2, 20  # the third step of the new schedule
     cosine = 0.5 * (1 + math.cos(math.pi * (3 - warmup) / (total - warmup)))
-    assert lr == pytest.approx(5e-4 + (5e-3 - 5e-4) * cosine, rel=1e-6)
+    assert third[2] == pytest.approx(5e-4 + (5e-3 - 5e-4) * cosine, rel=1e-6)
 
 
-def test_another_optimizer_layout_is_refused(model, tmp_path) -> None:
-    common = (str(model), str(tmp_path), FULL, False)
-    spawn(run_steps, 2, *common, DP2, 0, 1, str(tmp_path / "losses.txt"), timeout_s=200)
-    with pytest.raises(
-        RuntimeError, match="--use-distributed-optimizer False: the checkpoint .* was written with True"
-    ):
-        spawn(run_steps, 2, *common, TP2, 1, 2, str(tmp_path / "losses.txt"), timeout_s=200)
+class Messages(logging.Handler):
+    """Collects what the project says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        logging.getLogger("megatron_trd").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
-def test_overlapped_communication_changes_no_number(model, tmp_path) -> None:
-    for name, grid in (("plain", DP2), ("overlap", OVERLAP)):
-        spawn(
-            run_steps,
-            2,
-            str(model),
-            str(tmp_path / name),
-            FULL,
-            False,
-            grid,
-            0,
-            3,
-            str(tmp_path / name) + ".txt",
-            timeout_s=200,
-        )
-    plain, overlap = numbers(tmp_path / "plain.txt"), numbers(tmp_path / "overlap.txt")
-    torch.testing.assert_close(torch.tensor(overlap), torch.tensor(plain), rtol=1e-6, atol=0)
+def damage_and_resume(rank, world, model, root):
+    """Damage the newest two of three checkpoints in several ways; return what each way of resuming says."""
+    import torch.distributed as dist
+
+    run = open_run(model, DISTOPT)
+    for iteration in (1, 2, 3):
+        run.checkpoints(root).save(run.student, {"iteration": iteration})
+    paths = [root / f"checkpoints/iter_000000{i}" for i in (1, 2, 3)]
+    flipped, truncated = paths[2] / "__1_0.distcp", paths[1] / "common.pt"
+    if rank == 0:
+        data = bytearray(flipped.read_bytes())
+        data[len(data) // 2] ^= 1
+        flipped.write_bytes(data)
+        truncated.write_bytes(truncated.read_bytes()[:-1])
+        (paths[1] / "__0_1.distcp").unlink()
+    dist.barrier()
+
+    def said(**flags) -> str:
+        heard = Messages()
+        try:
+            return f"iteration {run.checkpoints(root, **flags).resume(run.student)['iteration']}: {heard.texts}"
+        except ValueError as error:
+            return f"refused: {error}"
+
+    answers = [said(verify_checkpoint=False), said(resume="require"), said(), said()]
+    dist.barrier()
+    if rank == 0:
+        (paths[0] / "manifest.json").write_text("{")
+    dist.barrier()
+    return [*answers, said()]
 
 
-def test_tracker_errors_name_the_remedy(tmp_path) -> None:
-    from megatron_trd.mcore.checkpoint import TRACKER, latest_iteration, resume_point
+def test_damaged_checkpoints_are_named_and_passed_over(model, tmp_path) -> None:
+    answers = spawn(damage_and_resume, 2, model, tmp_path)
+    unverified, required, auto, again, nothing = answers[0]
+    root = tmp_path / "checkpoints"
+    flipped = f"{root}/iter_0000003/__1_0.distcp: expected CRC-32 "
+    assert unverified == "iteration 3: []"
+    assert required.startswith("refused: --resume require: ") and flipped in required and "--resume auto" in required
+    assert auto.startswith("iteration 1: ['GOING BACK from iteration 3 to 1") and flipped in auto
+    size = (root / "iter_0000002.damaged/common.pt").stat().st_size
+    assert f"{root}/iter_0000002/common.pt: expected {size + 1} bytes, found {size}" in auto
+    assert f"{root}/iter_0000002/__0_1.distcp: expected " in auto and "No such file" in auto
+    assert again == "iteration 1: []" and (root / TRACKER).read_text() == "1"
+    assert nothing.startswith("refused: --resume auto: ")
+    assert f"{root}/iter_0000001/manifest.json: is damaged" in nothing
+    assert [answer.split(": ")[0] for answer in answers[1]] == [answer.split(": ")[0] for answer in answers[0]]
 
-    assert latest_iteration(tmp_path) is None and resume_point(tmp_path, "auto") is None
-    with pytest.raises(ValueError, match="--resume require"):
-        resume_point(tmp_path, "require")
-    (tmp_path / TRACKER).write_text("7")
-    with pytest.raises(ValueError, match="names checkpoint '7'"):
-        latest_iteration(tmp_path)
-    (tmp_path / "iter_0000007").mkdir()
-    assert resume_point(tmp_path, "require") == 7
-    with pytest.raises(ValueError, match="--resume never"):
-        resume_point(tmp_path, "never")
+
+def fill_the_disk(rank, world, model, root):
+    """Let rank 1, then rank 0, run out of space in the middle of a file; return the errors and the files left."""
+    run = open_run(model, DISTOPT)
+    checkpoints = run.checkpoints(root, async_save=True)
+    checkpoints.save(run.student, {"iteration": 1})
+    checkpoints.finish()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the system call fails instead
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    errors = []
+    for iteration, full in ((2, 1), (3, 0)):
+        if rank == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+        checkpoints.save(run.student, {"iteration": iteration})
+        run.step(iteration)
+        try:
+            checkpoints.save(run.student, {"iteration": 9})  # tells what became of the one before
+        except (ValueError, RuntimeError) as error:
+            errors.append(str(error))
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    left = sorted(path.name for path in (root / "checkpoints").iterdir())
+    checkpoints.save(run.student, {"iteration": 4})
+    checkpoints.finish()
+    return errors, left, run.checkpoints(root).resume(run.student)["iteration"]
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_last_checkpoint(model, tmp_path) -> None:
+    for errors, left, resumed in spawn(fill_the_disk, 2, model, tmp_path):
+        for error, iteration, full in zip(errors, (2, 3), (1, 0), strict=True):
+            assert f"{tmp_path}/checkpoints: the checkpoint of iteration {iteration} could not be written" in error
+            assert f"rank {full}: " in error and "--resume auto" in error
+        assert left == ["iter_0000001", TRACKER]
+        assert resumed == 4
+
+
+def resume_on_another_base(rank, world, models, root):
+    run = open_run(models[0], {}, lora=ADAPTER)
+    run.checkpoints(root).save(run.student, {"iteration": 1})
+    same = open_run(models[1], {}, lora=ADAPTER)
+    same.checkpoints(root).resume(same.student)
+    other = open_run(models[2], {}, lora=ADAPTER)
+    with pytest.raises(ValueError) as refused:
+        other.checkpoints(root).resume(other.student)
+    return str(refused.value)
+
+
+def test_adapters_want_the_base_they_were_trained_on(tmp_path) -> None:
+    models = [make_model(tmp_path / name, seed=seed) for name, seed in (("base", 0), ("copy", 0), ("other", 1))]
+    (error,) = spawn(resume_on_another_base, 1, models, tmp_path / "run")
+    assert error.startswith(f"--hf-checkpoint {models[2]}: the adapters in {tmp_path}/run/checkpoints/iter_0000001 ")
+    assert f"another base, {models[0]} (model.safetensors differ)" in error

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dense_reference import dense_logits, dense_reference
 from launch import spawn
+from megatron_trd.certificate.dense_reference import dense_logits, dense_reference
+from megatron_trd.certificate.training_step import gradients, loss_of_all_ranks
 from megatron_trd.config.schema import ObjectiveConfig, ParallelConfig
-from tests.distributed.parity import LORA, build, compare, gradients, loss_of_all_ranks
+from tests.distributed.parity import LORA, build, compare
 from tiny_models import make_model, make_samples
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dense_reference import dense_reference
 from launch import spawn
+from megatron_trd.certificate.dense_reference import dense_reference
 from megatron_trd.config.schema import (
     Config,
     DataConfig,

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from launch import spawn
+from megatron_trd.certificate.training_step import gradients, loss_of_all_ranks
 from megatron_trd.config.schema import ParallelConfig
 from megatron_trd.mcore.offload import BoundedRows, OffloadedWeights
-from tests.distributed.parity import build, gradients, loss_of_all_ranks
+from tests.distributed.parity import build
 from tiny_models import make_model, make_samples
 
 

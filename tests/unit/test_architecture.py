@@ -13,15 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 # A room imports itself and the floors below; never a neighbour, never upward.
 FLOORS = {
     1: ("records", "log", "config", "trd_kernels"),
-    2: ("metrics", "weight_sync"),
+    2: ("metrics", "estimators", "planning", "weight_sync"),
     3: ("tasks", "data", "objectives"),
     4: ("rollout", "mcore"),
-    5: ("trainer",),
-    6: ("train", "job", "generate", "evaluate", "report"),
+    5: ("trainer", "benchmarks", "certificate"),
+    6: ("reporting",),
+    7: ("train", "job", "generate", "evaluate", "report", "audit", "throughput"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 TOP = max(FLOORS)  # mains may share code with each other
-MAINS = ("megatron_trd/train.py", "megatron_trd/generate.py", "megatron_trd/evaluate.py", "megatron_trd/report.py")
+MAINS = tuple(f"megatron_trd/{main}.py" for main in ("train", "generate", "evaluate", "report", "audit"))
 SERVER_MAIN = "megatron_trd/rollout/embedded/server.py"
 
 HTTP = ("aiohttp", "httpx", "requests", "urllib3", "urllib.request", "http", "socketserver", "fastapi", "uvicorn")

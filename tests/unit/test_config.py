@@ -72,7 +72,14 @@ def another_value(flag: Flag) -> object:
         "teacher_urls": ("https://z",),
         "student_router_url": "http://r:1",
         "teacher_router_url": "http://r:2",
+        "fp8_format": None,  # needs bf16 and Transformer Engine's layers
+        "recompute_granularity": "full",
+        "recompute_modules": ("mlp",),
+        "cpu_offloading_num_layers": 0,  # does not go with recompute
+        "optimizer_cpu_offload": False,  # needs bf16
+        "optimizer_offload_fraction": 0.5,
         "rollout_staleness": 0,  # other values do not go with recorded trajectories, nor with colocate
+        "save_trajectories": False,  # does not go with recorded ones
         "weight_sync": "disk",
         "hf_checkpoint": "none of your: #business\n'\"",
     }
@@ -82,6 +89,8 @@ def another_value(flag: Flag) -> object:
         return next(c for c in flag.choices if c != flag.default)
     if flag.kind is bool:
         return not flag.default
+    if flag.kind is tuple:
+        return ("ü x", "y")
     return "ü x" if flag.kind is str else flag.kind((flag.default or 0) + 3)
 
 

@@ -1,8 +1,7 @@
-"""The device shim: what it must not touch, and the choice of layers beside it."""
+"""The device shim: what it does to Megatron, and what it must not touch."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_trd.mcore.cpu_device import use_cpu_where_there_is_no_cuda
-from megatron_trd.mcore.layers import RMSNorm, layer_classes
 from tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")
@@ -51,12 +49,3 @@ def test_megatron_finds_its_device_and_random_state() -> None:
     assert not torch.equal(first, second), "the forked state does not move on"
     with pytest.raises(KeyError, match="'b'"), tracker.fork("b"):
         pass
-
-
-def test_a_stale_transformer_engine_folder_is_not_transformer_engine(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "transformer_engine").mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert layer_classes("auto").norm is RMSNorm
-    with pytest.raises(ValueError, match="--transformer-impl transformer_engine"):
-        layer_classes("transformer_engine")

@@ -1,29 +1,24 @@
-"""Scores against closed forms and brute force."""
+"""Evaluation on held-out problems: requests, seeds, what is missing, paired differences."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from megatron_trd.config.schema import Config, EvalConfig, MethodConfig, ModelConfig, RolloutConfig
 from megatron_trd.records import Completion, FinishReason, Problem, Verdict, VersionSpan
 from megatron_trd.rollout.engine import SamplingParams
-from megatron_trd.rollout.evaluation import (
-    EvalResult,
-    averages,
-    bootstrap_interval,
-    evaluate,
-    paired_difference,
-    pass_at_k,
-    passes,
-)
+from megatron_trd.rollout.evaluation import EvalResult, evaluate, evaluation_sampling, paired_difference
 from megatron_trd.weight_sync.base import ServerError
 
+STUDENT = Path(__file__).parents[2] / "examples/quickstart_cpu/models/student"
 SPANS = (VersionSpan(version="v1", start=0, end=2),)
 
 
@@ -35,48 +30,6 @@ def result(correct: Sequence[Sequence[bool | None]]) -> EvalResult:
         mean_tokens=1.0,
         weight_versions=("v",),
     )
-
-
-@pytest.mark.parametrize("n", range(1, 7))
-def test_pass_at_k_equals_the_share_of_subsets_with_a_right_sample(n: int) -> None:
-    for c in range(n + 1):
-        for k in range(1, n + 1):
-            subsets = list(combinations([True] * c + [False] * (n - c), k))
-            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
-
-
-def test_missing_samples_are_not_wrong_samples() -> None:
-    rows = [[True, None, False], [None, None, None], [True, True, True]]
-    assert averages(rows) == [0.5, None, 1.0]
-    assert passes(rows, 2) == [1.0, None, 1.0] and passes(rows, 3) == [None, None, 1.0]
-    scores = result(rows).as_dict()
-    assert scores["avg@3"] == 0.75 and scores["pass@3"] == 1.0
-
-
-def test_scores_of_a_known_matrix() -> None:
-    rows = [[True] * j + [False] * (8 - j) for j in (0, 1, 4, 8)]
-    scores = result(rows).as_dict()
-    assert scores["avg@8"] == pytest.approx(13 / 32) and scores["pass@8"] == 0.75
-    assert list(scores["pass_curve"]) == ["1", "2", "4", "8"]
-    assert scores["pass_curve"]["1"] == pytest.approx(13 / 32)
-    assert scores["pass_curve"]["2"] == pytest.approx((0 + 1 / 4 + 1 - 6 / 28 + 1) / 4)
-
-
-def test_the_interval_agrees_with_the_normal_one_and_is_reproducible() -> None:
-    values = np.random.default_rng(1).beta(2, 3, 2000)
-    low, high = bootstrap_interval(values.tolist())
-    half = NormalDist().inv_cdf(0.975) * values.std() / np.sqrt(len(values))
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
-    assert bootstrap_interval(values.tolist()) == (low, high) != bootstrap_interval(values.tolist(), seed=1)
-    assert bootstrap_interval([0.25] * 9) == (0.25, 0.25)
-
-
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    hits = [
-        low <= 0.3 <= high for low, high in (bootstrap_interval((rng.random(60) < 0.3).tolist()) for _ in range(200))
-    ]
-    assert 0.89 <= np.mean(hits) <= 0.99
 
 
 def test_pairing_removes_the_variance_of_problems() -> None:
@@ -144,3 +97,30 @@ def test_failed_requests_are_missing_and_nothing_at_all_is_an_error() -> None:
     )
     with pytest.raises(ServerError, match="all 120 requests failed: down"):
         run(Coin(failing=range(30)))
+
+
+@pytest.mark.parametrize(
+    ("flag", "thinking", "expected"),
+    [
+        ("rollout", False, (1.0, 1.0, -1)),
+        ("paper", False, (0.6, 0.95, 20)),
+        ("qwen3", True, (0.6, 0.95, 20)),
+        ("qwen3", False, (0.7, 0.8, 20)),
+    ],
+)
+def test_how_held_out_problems_are_sampled(flag: Any, thinking: bool, expected: tuple[float, float, int]) -> None:
+    rollout = RolloutConfig(
+        student_urls=("http://s",),
+        rollout_temperature=1.0,
+        rollout_top_p=1.0,
+        rollout_top_k=-1,
+        max_response_tokens=7,
+        thinking=thinking,
+    )
+    model, tokenizer = ModelConfig(hf_checkpoint=str(STUDENT)), AutoTokenizer.from_pretrained(STUDENT)
+    for budget, tokens in ((None, 7), (9, 9)):
+        settings = EvalConfig(eval_sampling=flag, eval_max_response_tokens=budget)
+        config = Config(method=MethodConfig(trajectory="y_o"), model=model, rollout=rollout, eval=settings)
+        params = evaluation_sampling(config, tokenizer)
+        assert (params.temperature, params.top_p, params.top_k, params.max_new_tokens) == (*expected, tokens)
+        assert params.stop_token_ids == (tokenizer.eos_token_id,)

@@ -1,52 +1,35 @@
-"""The task that reads mathematics from local files."""
+"""What the mathematics task makes of a response."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
+from megatron_trd.config.schema import DataConfig
+from megatron_trd.records import Problem
 from megatron_trd.tasks.math_problems import MathTask
 
 
-def _write(path: Path, rows: list[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def problem(answer: str, **metadata: object) -> Problem:
+    return Problem(id="p", prompt="?", answer=answer, metadata=metadata)
 
 
-def _rows(count: int, start: int = 0) -> list[dict[str, str]]:
-    return [{"problem": f"What is {i} + 1?", "answer": f"{i + 1}", "solution": f"{i} + 1"} for i in range(start, count)]
+def test_the_last_box_after_the_thinking_counts() -> None:
+    task = MathTask(DataConfig())
+    assert task.grade(problem("73"), r"<think>\boxed{1}</think>It is \boxed{073}.", "stop").correct
+    assert task.grade(problem("011"), r"\boxed{12}", "stop").outcome == "wrong"
+    assert task.grade(problem("11"), "eleven", "stop").outcome == "no_answer"
+    assert task.grade(problem("11"), r"<think>\boxed{11}", "length").outcome == "truncated"
 
 
-def _task(tmp_path: Path, **files: list[dict[str, str]]) -> MathTask:
-    paths = {"train": _rows(10), "evaluation": _rows(15, start=10)} | files
-    return MathTask(template_dir=tmp_path, **{name: _write(tmp_path / name, rows) for name, rows in paths.items()})
+@pytest.mark.parametrize(("profile", "right"), [("default", True), ("strict-string", False), ("amo", True)])
+def test_the_profile_decides_whether_a_leading_zero_matters(profile: str, right: bool) -> None:
+    task = MathTask(DataConfig(math_verifier_profile=profile))  # type: ignore[arg-type]
+    assert task.grade(problem("073"), r"### The final answer is: \boxed{73}", "stop").correct is right
 
 
-def test_every_epoch_shows_every_problem_in_its_own_order(tmp_path: Path) -> None:
-    task = _task(tmp_path)
-    epochs = [[task.train_problem(10 * epoch + place).prompt for place in range(10)] for epoch in range(3)]
-    assert all(sorted(epoch) == sorted(row["problem"] for row in _rows(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs == [[_task(tmp_path).train_problem(10 * e + p).prompt for p in range(10)] for e in range(3)]
-
-
-def test_held_out_problems_and_verdicts(tmp_path: Path) -> None:
-    task = _task(tmp_path)
-    problems = task.eval_problems(3)
-    assert [problem.prompt for problem in problems] == [f"What is {i} + 1?" for i in (10, 11, 12)]
-    assert problems[0].reference_solution == "10 + 1" and len({problem.id for problem in task.eval_problems(99)}) == 5
-    assert task.grade(problems[0], r"<think>12?</think>\boxed{011}", "stop").correct
-    assert task.grade(problems[0], r"\boxed{12}", "stop").outcome == "wrong"
-
-
-def test_bad_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 problems are also in .*; remove them"):
-        _task(tmp_path, evaluation=[{"problem": "What  is 3 + 1?", "answer": "4"}])
-    with pytest.raises(ValueError, match="train:1: problem or answer is missing; remove the line"):
-        _task(tmp_path, train=[{"problem": "What?"}])
-    with pytest.raises(ValueError, match="train: is empty"):
-        _task(tmp_path, train=[])
-    with pytest.raises(ValueError, match="no such file; give a JSONL file"):
-        MathTask(train=tmp_path / "absent", evaluation=tmp_path / "absent", template_dir=tmp_path)
+def test_metadata_says_how_the_amo_parser_compares() -> None:
+    task = MathTask(DataConfig(math_verifier_profile="amo"))
+    points = [{"n": 2}, {"n": 5}]
+    formula = problem(r"\boxed{n^2 - 1}", amo_answer_type="variable", amo_points=points)
+    assert task.grade(formula, r"### The final answer is: $\boxed{(n-1)(n+1)}$", "stop").correct
+    assert not task.grade(formula, r"### The final answer is: $\boxed{n^2 + 1}$", "stop").correct

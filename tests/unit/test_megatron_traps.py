@@ -49,9 +49,15 @@ def test_missing_psutil_is_an_error_instead_of_a_save_that_hangs() -> None:
     ("flags", "message"),
     [
         # Selective recompute of norms needs Transformer Engine and fails in the backward pass without it.
-        (["--recompute-granularity", "selective"], "--recompute-granularity selective: use one of none, full"),
+        (
+            ["--recompute-granularity", "selective", "--recompute-modules", "layernorm", "--transformer-impl", "local"],
+            "--recompute-modules layernorm: needs Transformer Engine",
+        ),
         # Without Transformer Engine Megatron ignores fp8 and trains in plain precision.
-        (["--fp8-format", "hybrid"], "--fp8-format: unknown flag"),
+        (
+            ["--fp8-format", "hybrid", "--transformer-impl", "local"],
+            "--fp8-format hybrid: Megatron's own layers have no FP8; use --transformer-impl transformer_engine",
+        ),
         (
             ["--num-virtual-stages-per-pipeline-rank", "2"],
             "--num-virtual-stages-per-pipeline-rank 2: needs --pipeline-model-parallel-size > 1",

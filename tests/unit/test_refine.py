@@ -1,8 +1,10 @@
-"""The method's order of events, and what each kind of trajectory becomes."""
+"""The method's order of events: what waits for what, what failures do, how seeds are drawn, what is counted."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +12,29 @@ from typing import Any
 
 import pytest
 
-from megatron_trd.config.schema import MethodConfig
-from megatron_trd.records import Completion, FinishReason, Problem, Trajectory, Verdict
+from megatron_trd.records import (
+    Candidate,
+    Completion,
+    FinishReason,
+    KeptPrefix,
+    Outcome,
+    PrefixProbe,
+    Problem,
+    Reasoning,
+    Selection,
+    Trajectory,
+    Verdict,
+)
 from megatron_trd.rollout.engine import SamplingParams
-from megatron_trd.rollout.refine import RolloutRunner, stable_seed, summarize, to_sample
+from megatron_trd.rollout.grading import warn_of_grader_errors
+from megatron_trd.rollout.refine import RolloutRunner, stable_seed
+from megatron_trd.rollout.summary import summarize, verdicts_of
+from scripted_rollouts import TOKENIZER, LastLine, said
+from scripted_rollouts import Engine as CountingEngine
+from scripted_rollouts import Renderer as TellingRenderer
 
 SAMPLING = SamplingParams(max_new_tokens=4)
+RIGHT, WRONG = Verdict(outcome="correct"), Verdict(outcome="wrong")
 
 
 def completion(text: str = "ok", finish_reason: Any = "stop", ids: Sequence[int] | None = None) -> Completion:
@@ -26,11 +45,11 @@ def trajectory(**changes: Any) -> Trajectory:
     base = Trajectory(
         problem=Problem(id="p", prompt="x", answer="1"),
         y_o=completion("raw", ids=[5, 6, 1]),
-        y_o_correct=False,
+        y_o_verdict=WRONG,
         solve_prompt_ids=(10,),
         vanilla_prompt_ids=(10, 11),
         y_r=completion("refined"),
-        y_r_correct=True,
+        y_r_verdict=RIGHT,
         refine_prompt_ids=(10, 12),
     )
     return replace(base, **changes)
@@ -48,11 +67,13 @@ class Task:
 class Renderer:
     """Prompts whose ids tell where they come from."""
 
+    tokenizer = TOKENIZER
+
     def solve(self, problem: Problem) -> tuple[int, ...]:
         return (int(problem.id),)
 
-    def vanilla(self, problem: Problem) -> tuple[int, ...]:
-        return (int(problem.id), 1)
+    def vanilla(self, problem: Problem) -> tuple[tuple[int, ...], int]:
+        return (int(problem.id), 1), 5
 
     def refine(self, problem: Problem, y_o_text: str) -> tuple[tuple[int, ...], int]:
         return (int(problem.id), 2), len(y_o_text)
@@ -102,6 +123,8 @@ def test_refinement_starts_when_its_own_rollout_ends() -> None:
         assert [t.problem.id for t in done] == ["0", "1"]
         assert [(t.y_o_correct, t.y_r_correct) for t in done] == [(True, True), (False, True)]
         assert [t.refine_prompt_ids for t in done] == [(0, 2), (1, 2)] and done[1].refine_cut_tokens == len("wrong")
+        assert [(t.vanilla_prompt_ids, t.vanilla_cut_tokens) for t in done] == [((0, 1), 5), ((1, 1), 5)]
+        assert all(t.kept is t.selection is t.y_r_reasoning is None for t in done)
 
     asyncio.run(asyncio.wait_for(main(), 30))
 
@@ -157,59 +180,86 @@ def test_a_prompt_that_cannot_be_rendered_stops_the_stream_with_its_error() -> N
         asyncio.run(asyncio.wait_for(run.run(problems(5), 0), 30))
 
 
-# ------------------------------------------------------------------ to_sample
+# ------------------------------------------------------------------ grading
+
+
+def test_grading_goes_on_beside_sampling_and_in_parallel() -> None:
+    """The verifier of y_o 0 waits for that of y_o 1, whose y_r has been sampled by then."""
+    graded_1 = threading.Event()
+
+    class Waiting(Task):
+        def grade(self, problem: Problem, response: str, finish_reason: FinishReason) -> Verdict:
+            if problem.id == "1" and response == "refined":
+                graded_1.set()
+            assert problem.id != "0" or graded_1.wait(30)
+            return RIGHT
+
+    async def roll_out(_: tuple[int, ...]) -> Completion:
+        return completion("raw")
+
+    async def refine(_: tuple[int, ...]) -> Completion:
+        return completion("refined")
+
+    run = RolloutRunner(Engine(roll_out), Engine(refine), Renderer(), Waiting(), SAMPLING, 0)  # type: ignore[arg-type]
+    done = asyncio.run(asyncio.wait_for(run.run(problems(2), 0), 60)).trajectories
+    assert [(t.y_o_verdict, t.y_r_verdict) for t in done] == [(RIGHT, RIGHT)] * 2
+
+
+def test_a_verifier_that_raises_stops_nobody_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    answers = {"0": "42", "1": "!", "2": "&", "3": "?", "4": "7"}
+    student = CountingEngine(lambda prompt, _: said(answers[prompt[1]]))
+    run = RolloutRunner(student, None, TellingRenderer(), LastLine(), SAMPLING, 0)  # type: ignore[arg-type]
+    asked = [Problem(id=key, prompt="x", answer="42") for key in answers]
+    with caplog.at_level(logging.WARNING):
+        batch = asyncio.run(asyncio.wait_for(run.run(asked, 0), 30))
+    outcomes = [t.y_o_verdict.outcome for t in batch.trajectories if t.y_o_verdict]
+    assert outcomes == ["correct", "grader_error", "grader_error", "no_answer", "wrong"]
+    assert batch.trajectories[1].y_o_verdict is not None
+    assert batch.trajectories[1].y_o_verdict.error == "RuntimeError: the verifier met a response it was not made for"
+    (record,) = caplog.records
+    assert "2 of 5 responses" in record.getMessage() and "problem 1: RuntimeError: the verifier" in record.getMessage()
+    metrics = batch.metrics()
+    assert metrics["rollout/y_o_pass"] == pytest.approx(1 / 3), "of those that somebody knows about"
+    assert metrics["rollout/y_o_verdict_grader_error"] == 0.4 and metrics["rollout/y_o_verdict_no_answer"] == 0.2
+
+
+@pytest.mark.parametrize(("num_errors", "warns"), [(0, False), (1, False), (2, True)])
+def test_a_warning_needs_more_than_one_error_in_a_hundred(
+    num_errors: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """100 verdicts in 25 trajectories, the errors among the rejected refinements and the continuations."""
+    errors = iter([Verdict(outcome="grader_error", error="e")] * num_errors)
+    batch = [
+        trajectory(
+            selection=Selection(
+                chosen=0, reason="first", rejected=(Candidate(completion=said("a"), verdict=next(errors, WRONG)),)
+            ),
+            kept=kept(1, [next(errors, WRONG)]),
+        )
+        for _ in range(25)
+    ]
+    with caplog.at_level(logging.WARNING):
+        warn_of_grader_errors(verdicts_of(batch))
+    assert bool(caplog.records) is warns
+
+
+# ------------------------------------------------------------------ metrics
 
 TRUNCATED = completion("cut", "length", [7, 8])
-SILENT = completion(" ", "stop", [1])
 FAILED = completion("", "abort", [])
 
 
-@pytest.mark.parametrize(
-    ("changes", "method", "response", "teacher", "reason"),
-    [
-        ({}, {}, (7, 8, 1), (10, 12), None),
-        ({}, {"trajectory": "y_o"}, (5, 6, 1), (10, 11), None),
-        ({"y_r": None}, {"trajectory": "y_o"}, (5, 6, 1), (10, 11), None),
-        *[
-            case
-            for bad in (TRUNCATED, SILENT, FAILED, None)
-            for case in (
-                ({"y_r": bad}, {"on_bad_refinement": "use_y_o"}, (5, 6, 1), (10, 11), "bad_y_r_replaced"),
-                ({"y_r": bad}, {"on_bad_refinement": "drop"}, None, None, "bad_y_r_dropped"),
-            )
-        ],
-        ({"y_r": TRUNCATED}, {"on_bad_refinement": "keep"}, (7, 8), (10, 12), "bad_y_r_kept"),
-        ({"y_r": SILENT}, {"on_bad_refinement": "keep"}, (1,), (10, 12), "bad_y_r_kept"),
-        ({"y_r": FAILED}, {"on_bad_refinement": "keep"}, None, None, "bad_y_r_dropped"),
-        ({"y_o": FAILED, "y_r": None}, {"on_bad_refinement": "use_y_o"}, None, None, "bad_y_o"),
-        ({"y_o": FAILED, "y_r": None}, {"trajectory": "y_o"}, None, None, "bad_y_o"),
-        ({"y_o": TRUNCATED}, {"trajectory": "y_o"}, (7, 8), (10, 11), None),
-        ({}, {"trajectory_filter": "fail"}, (7, 8, 1), (10, 12), None),
-        ({}, {"trajectory_filter": "succ"}, None, None, "filtered"),
-        ({}, {"trajectory_filter": "fail_to_succ"}, (7, 8, 1), (10, 12), None),
-        ({"y_r_correct": False}, {"trajectory_filter": "fail_to_succ"}, None, None, "filtered"),
-        ({"y_o_correct": True}, {"trajectory_filter": "fail"}, None, None, "filtered"),
-        ({"y_o_correct": True}, {"trajectory_filter": "succ"}, (7, 8, 1), (10, 12), None),
-        ({"y_o_correct": None}, {"trajectory_filter": "fail"}, None, None, "filtered"),
-    ],
-)
-def test_what_is_trained_on(changes: Any, method: Any, response: Any, teacher: Any, reason: str | None) -> None:
-    decision = to_sample(trajectory(**changes), MethodConfig(**method))
-    assert decision.reason == reason
-    if response is None:
-        assert decision.sample is None
-        return
-    assert decision.sample is not None
-    assert (decision.sample.response_ids, decision.sample.teacher_prompt_ids) == (response, teacher)
-    assert decision.sample.student_prompt_ids == (10,) and decision.sample.problem_id == "p"
+def kept(num_tokens: int, verdicts: Sequence[Verdict | None]) -> KeptPrefix:
+    probe = PrefixProbe(num_steps=1, num_tokens=num_tokens, verdicts=tuple(verdicts))
+    return KeptPrefix(num_tokens=num_tokens, num_steps=1, total_steps=2, probes=(probe,))
 
 
 def test_summary_counts_what_is_there_and_leaves_out_what_is_not() -> None:
     batch = [
         trajectory(),
-        trajectory(y_o_correct=True, refine_cut_tokens=3),
-        trajectory(y_r=TRUNCATED, y_r_correct=False),
-        trajectory(y_o=FAILED, y_o_correct=None, y_r=None, y_r_correct=None, refine_prompt_ids=()),
+        trajectory(y_o_verdict=RIGHT, refine_cut_tokens=3),
+        trajectory(y_r=TRUNCATED, y_r_verdict=Verdict(outcome="truncated")),
+        trajectory(y_o=FAILED, y_o_verdict=None, y_r=None, y_r_verdict=None, refine_prompt_ids=()),
     ]
     metrics = summarize(batch)
     assert metrics["rollout/y_o_pass"] == pytest.approx(1 / 3) and metrics["rollout/y_r_pass"] == pytest.approx(2 / 3)
@@ -218,5 +268,51 @@ def test_summary_counts_what_is_there_and_leaves_out_what_is_not() -> None:
     assert outcomes == {"pass_pass": 1, "pass_fail": 0, "fail_pass": 1, "fail_fail": 1}
     assert metrics["rollout/y_r_tokens"] == pytest.approx(8 / 3) and metrics["rollout/y_r_tokens_incorrect"] == 2
     assert metrics["rollout/refine_cut"] == pytest.approx(1 / 3)
-    alone = summarize([trajectory(y_r=None, y_r_correct=None, refine_prompt_ids=())])
+    assert metrics["rollout/y_r_verdict_truncated"] == pytest.approx(1 / 3)
+    assert metrics["rollout/y_o_verdict_truncated"] == metrics["rollout/y_o_verdict_grader_error"] == 0
+    optional = ("select", "kept", "reasoning")
+    assert not [tag for tag in metrics if any(name in tag for name in optional)]
+    alone = summarize([trajectory(y_r=None, y_r_verdict=None, refine_prompt_ids=())])
     assert not [tag for tag in alone if "y_r" in tag or "pass_" in tag or "refine" in tag]
+    ungraded = summarize([trajectory(y_o=FAILED, y_o_verdict=None, y_r=None, y_r_verdict=None)])
+    assert not [tag for tag in ungraded if "pass" in tag or "verdict" in tag]
+
+
+@pytest.mark.parametrize("outcome", ["correct", "wrong", "no_answer", "truncated", "grader_error", None])
+def test_what_a_verdict_says_about_right_and_wrong(outcome: Outcome | None) -> None:
+    verdict = None if outcome is None else Verdict(outcome=outcome)
+    expected = {"correct": True, "grader_error": None, None: None}.get(outcome, False)
+    made = trajectory(y_o_verdict=verdict, y_r_verdict=verdict)
+    assert made.y_o_correct is expected and made.y_r_correct is expected
+
+
+def test_summary_of_choices_prefixes_and_reasoning() -> None:
+    def chosen(place: int, reason: Any, *others: Verdict | None) -> Selection:
+        rejected = tuple(Candidate(completion=said("a"), verdict=verdict) for verdict in others)
+        return Selection(chosen=place, reason=reason, rejected=rejected)
+
+    batch = [
+        trajectory(selection=chosen(0, "first_verified", WRONG)),
+        trajectory(selection=chosen(1, "first_verified", WRONG)),
+        trajectory(selection=chosen(1, "shortest_verified", RIGHT)),
+        trajectory(selection=chosen(0, "none_verified", WRONG), y_r_verdict=WRONG),
+        trajectory(selection=chosen(1, "first_verified", None)),  # the first one failed
+        trajectory(kept=kept(2, [RIGHT, None, Verdict(outcome="grader_error"), WRONG])),
+        trajectory(kept=kept(1, [WRONG] * 2), y_o=completion("raw", ids=[1, 2, 3, 4])),
+        trajectory(y_r_reasoning=Reasoning(num_tokens=3, student_suffix_ids=(), teacher_suffix_ids=())),
+        trajectory(y_r_reasoning=Reasoning(num_tokens=1, student_suffix_ids=(), teacher_suffix_ids=())),
+    ]
+    metrics = summarize(batch)
+    expected = {
+        "select_not_first": 3 / 5,
+        "select_first_pass": 2 / 4,
+        "select_gained": 1 / 4,
+        "select_none_verified": 1 / 5,
+        "kept_tokens": 3 / 2,
+        "kept_share": (2 / 3 + 1 / 4) / 2,
+        "kept_continuations": 6 / 2,
+        "kept_continuations_ungraded": 2 / 6,
+        "y_r_reasoning_tokens": 2,
+        "y_r_reasoning_unclosed": 1 / 2,
+    }
+    assert {name: metrics[f"rollout/{name}"] for name in expected} == pytest.approx(expected)

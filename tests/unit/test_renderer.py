@@ -39,7 +39,13 @@ def characters(template: str | None = CHAT) -> PreTrainedTokenizerFast:
 
 
 def renderer(tokenizer: Any = None, **changes: Any) -> Renderer:
-    settings = {"mode": "opsd", "thinking": False, "max_prompt_tokens": 500, "max_refine_prompt_tokens": 500}
+    settings = {
+        "mode": "opsd",
+        "thinking": False,
+        "refiner_thinking": False,
+        "max_prompt_tokens": 500,
+        "max_refine_prompt_tokens": 500,
+    }
     return Renderer(tokenizer or characters(), TEMPLATES, **{**settings, **changes})
 
 
@@ -54,13 +60,20 @@ def text(ids: tuple[int, ...]) -> str:
 def test_the_chat_template_is_applied_with_the_generation_prompt() -> None:
     assert text(renderer().solve(problem())) == f"<|user|>Solve: {X}<|end|><|assistant|><|nothink|>"
     assert text(renderer(thinking=True).solve(problem())) == f"<|user|>Solve: {X}<|end|><|assistant|>"
+    silent, thinks = "<|assistant|><|nothink|>", "<|assistant|>"
+    student = renderer(thinking=True)
+    assert text(student.solve(problem())).endswith(thinks) and text(student.refine(problem(), "")[0]).endswith(silent)
+    assert text(student.vanilla(problem())[0]).endswith(thinks), "y_o was sampled behind it"
+    refiner = renderer(refiner_thinking=True)
+    assert text(refiner.solve(problem())).endswith(silent) and text(refiner.refine(problem(), "")[0]).endswith(thinks)
+    assert text(refiner.vanilla(problem())[0]).endswith(silent)
     assert text(renderer(characters(None)).solve(problem())) == f"Solve: {X}"
 
 
 def test_teacher_contexts_by_mode() -> None:
     plain = characters(None)
-    assert text(renderer(plain).vanilla(problem())) == f"Know known. Solve: {X}"
-    assert text(renderer(plain, mode="opd").vanilla(problem(None))) == f"Solve: {X}"
+    assert text(renderer(plain).vanilla(problem())[0]) == f"Know known. Solve: {X}"
+    assert renderer(plain, mode="opd").vanilla(problem(None)) == (renderer(plain).solve(problem()), 0)
     assert (
         text(renderer(plain).refine(problem(), "{problem}")[0])
         == f"Task {X} Reference known Draft {{problem}} Rewrite!"
@@ -103,8 +116,9 @@ def test_the_reference_is_cut_after_y_o_and_nothing_else_ever() -> None:
     assert len(ids) <= 300 and "[... 50 tokens cut ...]" in text(ids) and "d" * 3 not in text(ids)
     assert f"[... {cut - 50} tokens cut ...]" in text(ids) and X in text(ids)
     assert text(ids).count("r" * 20) > 0
-    vanilla = text(renderer(max_refine_prompt_tokens=200).vanilla(problem(reference)))
-    assert len(vanilla) <= 200 and "tokens cut" in vanilla and X in vanilla
+    ids, cut = renderer(max_refine_prompt_tokens=200).vanilla(problem(reference))
+    assert len(ids) <= 200 and f"[... {cut} tokens cut ...]" in text(ids) and X in text(ids)
+    assert text(ids).count("r" * 10) > 0 and renderer().vanilla(problem("r" * 300))[1] == 0
     with pytest.raises(ValueError, match="--max-refine-prompt-tokens 90: problem p7 needs"):
         renderer(max_refine_prompt_tokens=90).refine(problem(reference), draft)
 
@@ -113,7 +127,13 @@ def test_a_vocabulary_without_words_for_the_mark_still_works() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TOY)
     templates = PromptTemplates.load(Path(__file__).parents[2] / "megatron_trd/tasks/templates/arithmetic")
     render = Renderer(
-        tokenizer, templates, mode="opsd", thinking=False, max_prompt_tokens=32, max_refine_prompt_tokens=30
+        tokenizer,
+        templates,
+        mode="opsd",
+        thinking=False,
+        refiner_thinking=False,
+        max_prompt_tokens=32,
+        max_refine_prompt_tokens=30,
     )
     x = Problem(id="a", prompt="3 +4 +5", answer="12", reference_solution="+4 7 +5 12 # 12")
     draft = "+4 7 W 7 W 7 W 7 W 7 W 7 W 7 W 7 +5 12 # 12"

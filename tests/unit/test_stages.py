@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_trd.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_trd.mcore.context_parallel import places, sliced_seq_params, tokens_of_rank
 from megatron_trd.mcore.hf_config import read_hf_model
 from megatron_trd.mcore.layouts import rows
-from megatron_trd.mcore.plan import memory_plan, num_parameters
 from megatron_trd.mcore.stages import Stages, cut_into_stages
 from tiny_models import make_model
 
@@ -42,24 +40,6 @@ def test_layers_that_cannot_be_cut_are_refused(model: Path) -> None:
         cut_into_stages(hf, 4)
     with pytest.raises(ValueError, match=r"--num-virtual-stages-per-pipeline-rank 2: must divide the 3 layers"):
         cut_into_stages(hf, 2, 2)
-
-
-def test_the_memory_plan_is_that_of_the_last_stage(model: Path) -> None:
-    hf = read_hf_model(model, "hf-checkpoint", 1)
-
-    def weights(pp: int) -> int:
-        config = Config(
-            model=ModelConfig(hf_checkpoint=str(model), bf16=False),
-            parallel=ParallelConfig(pipeline_model_parallel_size=pp),
-            data=DataConfig(trajectories="unused"),
-        )
-        plan = memory_plan(config, hf, hf, pp)
-        assert plan.trainable_parameters == num_parameters(hf)
-        return plan.bytes_of["student weights"] // 4
-
-    vocabulary, layers = 91 * 64, num_parameters(hf) - 2 * 91 * 64 - 64
-    assert weights(1) == 2 * vocabulary + layers + 64
-    assert weights(3) == vocabulary + layers // 3 + 64
 
 
 BOUNDS = torch.tensor([0, 8, 24, 32], dtype=torch.int32)

@@ -12,6 +12,7 @@ from megatron_trd.records import Completion, FinishReason, Problem, Trajectory, 
 from megatron_trd.rollout.engine import SamplingParams
 from megatron_trd.rollout.refine import MAX_REDONE, RolloutBatch, RolloutRunner
 from megatron_trd.rollout.staleness import behind, iteration_of, staleness_metrics, weight_version
+from scripted_rollouts import TOKENIZER
 
 SAMPLING = SamplingParams(max_new_tokens=4)
 
@@ -28,7 +29,7 @@ def by(*iterations: int) -> Completion:
 def trajectory(y_o: Completion, y_r: Completion | None = None) -> Trajectory:
     problem = Problem(id="p", prompt="x", answer="1")
     return Trajectory(
-        problem=problem, y_o=y_o, y_o_correct=None, solve_prompt_ids=(1,), vanilla_prompt_ids=(1,), y_r=y_r
+        problem=problem, y_o=y_o, y_o_verdict=None, solve_prompt_ids=(1,), vanilla_prompt_ids=(1,), y_r=y_r
     )
 
 
@@ -62,10 +63,13 @@ def test_metrics_count_what_the_student_wrote() -> None:
 class Renderer:
     """Prompts that say whose they are."""
 
+    tokenizer = TOKENIZER
+
     def solve(self, problem: Problem) -> tuple[int, ...]:
         return (int(problem.id),)
 
-    vanilla = solve
+    def vanilla(self, problem: Problem) -> tuple[tuple[int, ...], int]:
+        return (int(problem.id),), 0
 
     def refine(self, problem: Problem, y_o_text: str) -> tuple[tuple[int, ...], int]:
         return (int(problem.id), 2), 0

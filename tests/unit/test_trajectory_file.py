@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_trd.records import Completion, Problem, Trajectory, VersionSpan
+from megatron_trd.records import (
+    Candidate,
+    Completion,
+    KeptPrefix,
+    Outcome,
+    PrefixProbe,
+    Problem,
+    Reasoning,
+    Selection,
+    SelectionReason,
+    Trajectory,
+    Verdict,
+    VersionSpan,
+)
 from megatron_trd.rollout.trajectory_file import TrajectoryWriter, read_trajectories
 
+OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "no_answer", "truncated", "grader_error")
+REASONS: tuple[SelectionReason, ...] = ("first", "first_verified", "none_verified")
 FINGERPRINT = {"student": "models/student@default", "seed": "1"}
 
 
@@ -24,16 +38,23 @@ def trajectory(i: int) -> Trajectory:
         logprobs=(-0.1, -1 / 3, -math.inf),
         weight_spans=(VersionSpan(version="a", start=0, end=2), VersionSpan(version="b", start=2, end=3)),
     )
+    failed = Candidate(completion=Completion(token_ids=(), text="", finish_reason="abort"), verdict=None)
+    told = Candidate(completion=y, verdict=Verdict(outcome="wrong", extracted="é"))
+    probes = (PrefixProbe(num_steps=1, num_tokens=1, verdicts=(None, Verdict(outcome="correct", extracted="1"))),)
     return Trajectory(
         problem=Problem(id=f"p{i}", prompt="x", answer="1", reference_solution="y*", metadata={"level": 3}),
         y_o=y,
-        y_o_correct=None if i == 0 else i % 2 == 0,
+        y_o_verdict=None if i == 0 else Verdict(outcome=OUTCOMES[i], extracted="7" if i % 2 else None, error="e"),
         solve_prompt_ids=(1, 2),
         vanilla_prompt_ids=(1, 2, 3),
         y_r=None if i == 0 else Completion(token_ids=(), text="", finish_reason="abort", error="gave up"),
-        y_r_correct=None,
+        y_r_verdict=None,
         refine_prompt_ids=() if i == 0 else (9, 9),
         refine_cut_tokens=i,
+        vanilla_cut_tokens=2 * i,
+        y_r_reasoning=Reasoning(num_tokens=i, student_suffix_ids=(4, 5), teacher_suffix_ids=()) if i == 2 else None,
+        kept=None if i < 3 else KeptPrefix(num_tokens=1, num_steps=1, total_steps=4, probes=probes[: i - 3]),
+        selection=None if i < 2 else Selection(chosen=i - 2, reason=REASONS[i - 2], rejected=(failed, told)),
     )
 
 
@@ -51,19 +72,7 @@ def test_round_trip_is_exact(path: Path) -> None:
     assert list(read_trajectories(path)) == [trajectory(i) for i in range(5)]
     for line in path.read_text().split("\n")[:-1]:
         record = json.loads(line)
-        assert record["schema"] == 1 and record["fingerprint"] == FINGERPRINT
-
-
-def test_files_that_name_versions_without_their_tokens_still_load(path: Path) -> None:
-    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    for record in records:
-        for completion in filter(None, (record["y_o"], record["y_r"])):
-            completion["weight_versions"] = [span["version"] for span in completion.pop("weight_spans")]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    for i, loaded in enumerate(read_trajectories(path)):
-        everywhere = tuple(VersionSpan(version=version, start=0, end=3) for version in "ab")
-        assert loaded.y_o.weight_versions == ("a", "b") and loaded.y_o.weight_spans == everywhere
-        assert replace(loaded.y_o, weight_spans=()) == replace(trajectory(i).y_o, weight_spans=())
+        assert record["schema"] == 2 and record["fingerprint"] == FINGERPRINT
 
 
 def test_every_cut_is_repaired_to_whole_lines(path: Path) -> None:
@@ -103,8 +112,8 @@ def changed(key: str, value: Any) -> Any:
         (lambda _: b"{broken", "not valid JSON"),
         (lambda _: b"\xff\xfe", "not valid JSON"),
         (lambda _: b"", "not valid JSON"),
-        (lambda _: b"[1, 2]", "not a trajectory of schema 1"),
-        (changed("schema", 2), "not a trajectory of schema 1"),
+        (lambda _: b"[1, 2]", "not a trajectory of schema 2; make the file anew with python -m megatron_trd.generate"),
+        (changed("schema", 1), "not a trajectory of schema 2; make the file anew with python -m megatron_trd.generate"),
         (changed("fingerprint", ...), "no fingerprint"),
         (changed("y_o", ...), "field 'y_o' is missing"),
         (changed("y_o.token_ids", "abc"), "token ids must be a list of non-negative integers"),
@@ -115,6 +124,12 @@ def changed(key: str, value: Any) -> Any:
         (changed("y_o.weight_spans", ...), "field 'weight_spans' is missing"),
         (changed("y_o.weight_spans", [{"version": "a"}]), "start"),
         (changed("problem", None), "remove or repair the line"),
+        (changed("y_o_verdict", ...), "field 'y_o_verdict' is missing"),
+        (changed("y_o_verdict", True), "remove or repair the line"),
+        (changed("y_o_verdict.outcome", "right"), "outcome 'right' is unknown"),
+        (changed("y_r_reasoning.student_suffix_ids", ["a"]), "token ids must be a list of non-negative integers"),
+        (changed("selection.reason", "liked"), "reason 'liked' is unknown"),
+        (changed("selection.rejected", [{}]), "field 'completion' is missing"),
     ],
 )
 def test_a_malformed_line_is_named(path: Path, change: Any, message: str) -> None:

@@ -29,6 +29,10 @@ class Request:
     stop_ids: frozenset[int]
     logprob_start: int = -1
     """First prompt position to score; -1 = none."""
+    num_top_logprobs: int = 0
+    """How many of the likeliest ids of each scored position to tell."""
+    told_ids: list[int] | None = None
+    """Ids whose log-probabilities to tell at each scored position."""
     adapter: Adapter | None = None
     return_logprob: bool = False
     is_streamed: bool = False
@@ -37,6 +41,10 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     input_logprobs: list[float | None] = field(default_factory=list)
     """log-probability (T = 1) of each prompt token from `logprob_start` on; the first entry is None."""
+    input_top: list[list[tuple[float, int]] | None] = field(default_factory=list)
+    """The likeliest ids in the place of each of those tokens, with theirs."""
+    input_told: list[list[tuple[float, int]] | None] = field(default_factory=list)
+    """`told_ids` in the same places."""
     version_spans: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
     num_retractions: int = 0
@@ -81,10 +89,10 @@ class Batch:
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
-        scored = any(r.is_scored for r in requests)
-        logits = self._forward(ids, positions, logits_to_keep=0 if scored else 1)
-        if scored:
-            self._score_prompts(logits, ids)
+        # A whole prompt's logits are large: 300 tokens of Qwen3's vocabulary are 180 MB.
+        num_kept = max((len(r.all_ids) - r.logprob_start for r in requests if r.is_scored), default=1)
+        logits = self._forward(ids, positions, logits_to_keep=num_kept)
+        self._score_prompts(logits, ids[:, -num_kept:])
         for request in self.requests:
             if request.max_new_tokens == 0:
                 request.finish_reason = {"type": "length", "length": 0}
@@ -147,13 +155,28 @@ class Batch:
         logprobs_BL = -torch.nn.functional.cross_entropy(
             logits_BLV[:, :-1].transpose(1, 2), ids_BL[:, 1:], reduction="none"
         )
-        for request, row in zip(self.requests, logprobs_BL, strict=True):
+        for request, row, logits_LV in zip(self.requests, logprobs_BL, logits_BLV, strict=True):
             if request.is_scored:
                 num = len(request.prompt_ids) - request.logprob_start - 1
                 end = row.shape[0] - len(request.token_ids)
                 request.input_logprobs = [None, *row[end - num : end].tolist()]
+                _tell_others(request, logits_LV[end - num : end])
 
 
 def _widened(tensor: Tensor, width: int, dim: int) -> Tensor:
     missing = width - tensor.shape[dim]
     return pad(tensor, (missing, 0) if dim == -1 else (0, 0, missing, 0))
+
+
+def _tell_others(request: Request, logits_LV: Tensor) -> None:
+    """Fill in what is asked of other tokens than the prompt's own."""
+    if not request.num_top_logprobs and request.told_ids is None:
+        return
+    logprobs_LV = logits_LV.log_softmax(-1)
+    if request.num_top_logprobs:
+        top = logprobs_LV.topk(request.num_top_logprobs, dim=-1)
+        pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        request.input_top = [None, *(list(zip(values, ids, strict=True)) for values, ids in pairs)]
+    if request.told_ids is not None:
+        told = logprobs_LV[:, request.told_ids].tolist()
+        request.input_told = [None, *(list(zip(values, request.told_ids, strict=True)) for values in told)]

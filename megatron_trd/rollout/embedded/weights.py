@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_trd.weight_sync.names import listed
 
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
+_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class ServedWeights:
@@ -22,8 +23,10 @@ class ServedWeights:
     def __init__(self, model: torch.nn.Module) -> None:
         """Take over the parameters."""
         self._parameters = dict(model.named_parameters())
-        self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
-        self._tied = {"lm_head.weight"} - self._parameters.keys()
+        self._whole_shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        self._places = dict(_places(self._parameters))
+        self._shapes = {name: tuple(self._tensor(name).shape) for name in self._places}
+        self._tied = {"lm_head.weight"} - self._places.keys()
         self._released: set[str] = set()
         self._undefined: set[str] = set()
 
@@ -66,7 +69,7 @@ class ServedWeights:
         names = [name for name, _ in shapes]
         problems = self._misfits(shapes)
         problems += [f"{name} is there twice" for name in sorted({name for name in names if names.count(name) > 1})]
-        problems += [f"missing {name}" for name in sorted(self._parameters.keys() - set(names))]
+        problems += [f"missing {name}" for name in sorted(self._places.keys() - set(names))]
         if problems:
             raise ValueError(f"weights in {directory} do not fit: {listed(problems)}")
         for file in files:
@@ -76,8 +79,12 @@ class ServedWeights:
 
     def _set(self, name: str, tensor: Tensor) -> None:
         if name not in self._tied:
-            self._parameters[name].copy_(tensor)
+            self._tensor(name).copy_(tensor)
             self._undefined.discard(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        parameter, part = self._places[name]
+        return self._parameters[parameter].detach()[part]
 
     def _misfits(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[str]:
         return [
@@ -87,19 +94,18 @@ class ServedWeights:
         ]
 
     def checksums(self) -> dict[str, str]:
-        """Return a SHA-256 of every parameter's bytes."""
+        """Return a SHA-256 of every weight's bytes."""
         self._require_memory()
         return {
-            name: hashlib.sha256(p.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, p in self._parameters.items()
+            name: hashlib.sha256(self._tensor(name).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+            for name in self._places
         }
 
     def rows(self, name: str, num: int) -> list[Any] | None:
         """Return the first `num` rows of a weight as numbers; None if there is none of that name."""
         self._require_memory()
         name = "model.embed_tokens.weight" if name in self._tied else name
-        parameter = self._parameters.get(name)
-        return None if parameter is None else parameter[:num].float().tolist()
+        return self._tensor(name)[:num].float().tolist() if name in self._places else None
 
     def release_memory(self, tags: Iterable[str]) -> None:
         """Free what the tags name; the caches are empty anyway when nothing decodes."""
@@ -119,12 +125,29 @@ class ServedWeights:
         self._released -= tags
         if "weights" in tags:
             for name, p in self._parameters.items():
-                p.data = torch.full(self._shapes[name], torch.nan, dtype=p.dtype)
-            self._undefined = set(self._parameters)
+                p.data = torch.full(self._whole_shapes[name], torch.nan, dtype=p.dtype)
+            self._undefined = set(self._places)
 
     def _require_memory(self) -> None:
         if "weights" in self._released:
             raise ValueError("the weights' memory is released; POST /resume_memory_occupation first")
+
+
+def _places(parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Yield for every name of a checkpoint the parameter that holds the weight, and which part of it is it.
+
+    transformers keeps one tensor for a projection of all experts of a layer; a checkpoint has one for each.
+    """
+    for name, parameter in parameters.items():
+        layer, _, held = name.rpartition(".experts.")
+        if not layer or held not in _STACKED:
+            yield name, (name, ...)
+            continue
+        width = parameter.size(1) // len(_STACKED[held])
+        for expert in range(parameter.size(0)):
+            for i, projection in enumerate(_STACKED[held]):
+                rows = slice(i * width, (i + 1) * width)
+                yield f"{layer}.experts.{expert}.{projection}.weight", (name, (expert, rows))
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -31,7 +31,7 @@ _NEUTRAL: dict[str, Any] = {
 }
 """Sampling keys of SGLang that this server knows only at their neutral value."""
 _IGNORED = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval"}
-_PER_PROMPT = ("sampling_params", "rid", "return_logprob", "logprob_start_len", "lora_path")
+_PER_PROMPT = ("sampling_params", "rid", "return_logprob", "logprob_start_len", "top_logprobs_num", "lora_path")
 """Fields of the body that may be a list with one entry for each prompt."""
 _OWN = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos", "n", "sampling_seed"}
 
@@ -59,6 +59,7 @@ def parse_generate(body: Mapping[str, Any], engine: EmbeddedEngine) -> tuple[lis
     for i, prompt in enumerate(prompts):
         token_ids = engine.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         one = {key: _item(key, body.get(key), i, len(prompts)) for key in _PER_PROMPT}
+        one["token_ids_logprob"] = body.get("token_ids_logprob")
         if is_batch and isinstance(body.get("rid"), str):
             one["rid"] = f"{body['rid']}_{i}"
         requests += _parse_one(token_ids, one, bool(body.get("stream")), engine)
@@ -92,6 +93,11 @@ def _parse_one(ids: Any, body: Mapping[str, Any], is_streamed: bool, engine: Emb
     start = -1 if start is None or not body["return_logprob"] else start
     if type(start) is not int or not -1 <= start < len(ids):
         raise ValueError(f"logprob_start_len must lie in [-1, {len(ids)}), not {start}")
+    num_top, told_ids = body["top_logprobs_num"] or 0, body["token_ids_logprob"]
+    if not _is_int(num_top, 0) or num_top > engine.vocab_size:
+        raise ValueError(f"top_logprobs_num must lie in [0, {engine.vocab_size}], not {num_top}")
+    if not _is_id_list(told_ids) or not all(0 <= i < engine.vocab_size for i in told_ids or ()):
+        raise ValueError(f"token_ids_logprob must be a list of integers in [0, {engine.vocab_size})")
     name, adapters = body["lora_path"], engine.model.adapters
     if name and name not in adapters:
         raise ValueError(f"Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: {list(adapters)}.")
@@ -108,6 +114,8 @@ def _parse_one(ids: Any, body: Mapping[str, Any], is_streamed: bool, engine: Emb
             seed=secrets.randbits(63) if seed is None else seed + i,
             stop_ids=stop_ids,
             logprob_start=start,
+            num_top_logprobs=num_top,
+            told_ids=told_ids,
             adapter=adapters[name] if name else None,
             return_logprob=bool(body["return_logprob"]),
             is_streamed=is_streamed,
@@ -182,6 +190,9 @@ def render(request: Request, engine: EmbeddedEngine) -> dict[str, Any]:
         meta["input_token_logprobs"] = _pairs(request.input_logprobs, request.prompt_ids[request.logprob_start :])
         meta["output_token_logprobs"] = _pairs(request.logprobs, request.token_ids)
         meta["output_token_logprobs_length"] = len(request.token_ids)
+        for name, entries in (("top_logprobs", request.input_top), ("token_ids_logprobs", request.input_told)):
+            if entries:  # SGLang tells them of sampled tokens too; this server of prompts alone
+                meta[f"input_{name}"] = [entry and [[logprob, i, None] for logprob, i in entry] for entry in entries]
     return {
         "text": engine.tokenizer.decode(
             request.token_ids[:-1] if is_stopped else request.token_ids, skip_special_tokens=True

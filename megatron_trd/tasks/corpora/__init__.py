@@ -1,0 +1,1 @@
+"""From published corpora to files of problems: the records of each, checks on golds, duplicates and overlap."""
