@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_trd.config.cli import exit_on_value_error, parse_config
 from megatron_trd.config.schema import Config
-from megatron_trd.job import read_models
 from megatron_trd.log import configure, get_logger
 from megatron_trd.mcore.groups import destroy_groups, initialize_groups
+from megatron_trd.mcore.models import read_models
 from megatron_trd.mcore.response_audit import ResponseAudit
 from megatron_trd.objectives.token_audit import TURN_THRESHOLD, TokenAudit
 from megatron_trd.records import Sample, Trajectory

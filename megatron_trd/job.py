@@ -12,11 +12,9 @@ from megatron_trd.config.schema import Config
 from megatron_trd.data.broadcast import make_handout_group
 from megatron_trd.log import get_logger
 from megatron_trd.mcore import hf_weights
-from megatron_trd.mcore.acceleration import require_shapes
 from megatron_trd.mcore.checkpoint_files import require_writable, resume_point
-from megatron_trd.mcore.experts import require_expert_grid
 from megatron_trd.mcore.groups import destroy_groups, initialize_groups
-from megatron_trd.mcore.hf_config import HFModel, common_padding, read_hf_model
+from megatron_trd.mcore.models import read_models
 from megatron_trd.mcore.student import Student
 from megatron_trd.mcore.teacher import build_teacher
 from megatron_trd.metrics import Reporter
@@ -104,19 +102,6 @@ def run(config: Config, task: Task, rank: int, local_rank: int) -> None:
             if opened is not None:
                 opened.close()
     destroy_groups()
-
-
-def read_models(config: Config) -> tuple[HFModel, HFModel]:
-    """Read the shapes of student and teacher, with their vocabularies padded to the same rows."""
-    tp_size = config.parallel.tensor_model_parallel_size
-    student = read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", tp_size)
-    teacher, models = student, {"hf-checkpoint": student}
-    if config.model.teacher_hf_checkpoint is not None:
-        teacher = read_hf_model(config.model.teacher_hf_checkpoint, "teacher-hf-checkpoint", tp_size)
-        models["teacher-hf-checkpoint"] = teacher
-    require_expert_grid(config.parallel, models, config.model.moe_aux_loss_coeff)
-    require_shapes(config, student)
-    return common_padding(student, teacher, config.model.make_vocab_size_divisible_by, tp_size)
 
 
 def total_steps(config: Config) -> int:

@@ -13,10 +13,8 @@ from megatron_trd.certificate.dense_reference import dense_reference
 from megatron_trd.certificate.narrow_copy import NarrowRun, narrow_run
 from megatron_trd.certificate.training_step import StepTaken, take_step
 from megatron_trd.config.schema import Config
-from megatron_trd.mcore.acceleration import require_shapes
-from megatron_trd.mcore.experts import require_expert_grid
 from megatron_trd.mcore.groups import initialize_groups
-from megatron_trd.mcore.hf_config import HFModel, common_padding, read_hf_model
+from megatron_trd.mcore.models import read_models
 
 
 def certify(config: Config, local_rank: int, num_layers: int | None = None) -> tuple[NarrowRun, Certificate]:
@@ -57,19 +55,6 @@ def certify(config: Config, local_rank: int, num_layers: int | None = None) -> t
         raise verdict
     assert verdict is not None
     return verdict
-
-
-def read_models(config: Config) -> tuple[HFModel, HFModel]:
-    """Read the shapes of student and teacher as a training job does; the teacher's are the student's in OPSD."""
-    tp = config.parallel.tensor_model_parallel_size
-    models = {"hf-checkpoint": read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", tp)}
-    if config.model.teacher_hf_checkpoint is not None:
-        flag = "teacher-hf-checkpoint"
-        models[flag] = read_hf_model(config.model.teacher_hf_checkpoint, flag, tp)
-    student, teacher = models["hf-checkpoint"], list(models.values())[-1]
-    require_expert_grid(config.parallel, models, config.model.moe_aux_loss_coeff)
-    require_shapes(config, student)
-    return common_padding(student, teacher, config.model.make_vocab_size_divisible_by, tp)
 
 
 def _judge(run: NarrowRun, step: StepTaken) -> Certificate:

@@ -77,7 +77,7 @@ def step_traffic(config: Config, models: Models, grid: Grid, work: Workload) -> 
                 num_bytes=_share(grid.ep)
                 * (passes * _routed(models.student, hidden) + 2 * _routed(models.teacher, teacher_hidden))
                 / (grid.pp * grid.tp),
-                span=grid.tp * grid.cp * grid.ep,
+                span=grid.etp * grid.ep,  # Megatron numbers them first among the ranks of a stage
             )
         )
     return [traffic for traffic in found if traffic.num_bytes > 0]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.packing import Multiples, PackedStream, pack
-from megatron_trd.job import read_models
 from megatron_trd.mcore.groups import initialize_groups
+from megatron_trd.mcore.models import read_models
 from megatron_trd.mcore.student import Student
 from megatron_trd.mcore.teacher import build_teacher
 from megatron_trd.metrics import MetricSums

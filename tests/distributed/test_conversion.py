@@ -211,6 +211,7 @@ def train(rank: int, world: int, root: Path, directory: Path, name: str, lora, s
     from megatron_trd.data.packing import Multiples, pack
     from megatron_trd.mcore.checkpoint import Checkpoints
     from megatron_trd.mcore.groups import initialize_groups
+    from megatron_trd.mcore.models import read_models
     from megatron_trd.mcore.student import Student
     from megatron_trd.mcore.teacher import build_teacher
 
@@ -230,7 +231,7 @@ def train(rank: int, world: int, root: Path, directory: Path, name: str, lora, s
         ),
     )
     groups = initialize_groups(config.parallel, 7, 0)
-    hf, teacher_hf = job.read_models(config)
+    hf, teacher_hf = read_models(config)
     student = Student(config, groups, hf, total_steps=6, vocab_size=VOCAB, epistemic_ids=[1])
     teacher = build_teacher(config, groups, student.gpt, teacher_hf)
     (batch,) = pack(
