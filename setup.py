@@ -33,6 +33,6 @@ setup(
         "tensorboard",
         "math-verify[antlr4_13_2]",
         "matplotlib",  # pictures of the report
-        "psutil",  # Megatron's checkpoint writer hangs without it and does not ask for it
+        "psutil",  # Megatron's checkpoint writer fails without it and does not ask for it
     ],
 )

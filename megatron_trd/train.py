@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, tasks: TaskMakers = TASKS) -> None:
             evaluates=rank == 0 and evaluates and config.eval.eval_num_problems > 0 and not extras.show_prompts,
             grades=not (extras.show_prompts or extras.dry_run),
         )
-        # Not at the top: the processes that write checkpoints import this module anew, and need none of it.
+        # Not at the top: flags are refused, and --help answers, without waiting for torch and Megatron.
         if extras.show_prompts:
             from megatron_trd.rollout.show_prompts import show_prompts
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_trd.config.schema import Config
 from megatron_trd.data.broadcast import run_on_rank_zero
-from megatron_trd.data.packing import Multiples, StepBatch, pack, pack_in_order, stream_lengths
+from megatron_trd.data.packing import Multiples, StepBatch, counts, pack, pack_in_order, stream_lengths
 from megatron_trd.log import get_logger
 from megatron_trd.mcore.checkpoint import Checkpoints
 from megatron_trd.mcore.groups import Groups
@@ -266,6 +266,7 @@ class Trainer:
             "train/loss": means.pop("loss"),
             "train/grad_norm": result.grad_norm,
             "train/lr": result.lr,
+            **counts(handout.steps),
             **{f"distill/{name}": value for name, value in means.items()},
         }
 

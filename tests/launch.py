@@ -23,7 +23,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 # A server that has imported torch forks the ranks: they start in milliseconds and inherit no threads.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "transformers", "megatron.core.models.gpt"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "transformers", "megatron_trd.job"])
 
 
 def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:

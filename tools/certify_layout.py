@@ -97,12 +97,13 @@ def require_memory(config: Config, ranks: int) -> str:
         ValueError: this machine has less.
     """
     import psutil
-    from transformers import AutoConfig
 
     from megatron_trd.certificate.narrow_copy import HIDDEN, TEACHER_HIDDEN
+    from megatron_trd.mcore.hf_config import read_hf_model
 
-    rows = AutoConfig.from_pretrained(config.model.hf_checkpoint).vocab_size
-    matrices = HIDDEN * (2 - bool(AutoConfig.from_pretrained(config.model.hf_checkpoint).tie_word_embeddings))
+    student = read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", config.parallel.tensor_model_parallel_size)
+    rows = student.geometry.vocab_size
+    matrices = HIDDEN * (1 if student.tied else 2)
     matrices += TEACHER_HIDDEN if config.model.teacher_hf_checkpoint else HIDDEN
     parameters = rows * matrices
     sharers = config.parallel.tensor_model_parallel_size

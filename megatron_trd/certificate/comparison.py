@@ -17,7 +17,10 @@ FACTOR = 2.0
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 """Relative error that is never held against a gradient."""
 FLOOR_OF_SUMS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""The same of loss and gradient norm: the yardstick may be right about them by chance."""
+"""The same of the loss: the yardstick may be right about it by chance."""
+FLOOR_OF_NORM = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
+"""And of the gradient norm: torch's fp32 norm of a large tensor on a CPU is off by up to 1e-3, and what this finds - a
+parameter left out or counted twice - is off by more."""
 UPDATE_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 """Largest relative error of an update: Adam divides by the root of a square in fp32; bf16 weights round it."""
 NEGLIGIBLE = 1e-7
@@ -109,7 +112,7 @@ def compare(
             for name, exact in updates.items()
         ),
         loss=_scalar("loss", step.loss, expected_loss, FACTOR * lost_loss + FLOOR_OF_SUMS[dtype]),
-        grad_norm=_scalar("gradient norm", step.grad_norm, exact_norm, FACTOR * lost + FLOOR_OF_SUMS[dtype]),
+        grad_norm=_scalar("gradient norm", step.grad_norm, exact_norm, FACTOR * lost + FLOOR_OF_NORM[dtype]),
         unequal_copies=step.unequal_copies,
         yardstick=noise,
     )

@@ -70,6 +70,15 @@ StepBatch = tuple[tuple[MicroBatch, ...], ...]
 """One optimizer step: `[data-parallel rank][micro-batch]`, equally many micro-batches on every rank."""
 
 
+def counts(steps: Sequence[StepBatch]) -> dict[str, float]:
+    """Return, as metric tags, the sequences and response tokens that packed steps hold."""
+    batches = [batch for step in steps for rank in step for batch in rank]
+    return {
+        "train/sequences": float(sum(batch.num_sequences for batch in batches)),
+        "train/response_tokens": float(sum(batch.response_ids.numel() for batch in batches)),
+    }
+
+
 def lay_out(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[list[int], range]:
     """Return one sequence's input ids and, for each response token, the position that predicts it.
 

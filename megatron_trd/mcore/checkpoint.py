@@ -232,7 +232,7 @@ def _facts(student: Student, groups: Groups) -> dict[str, Any]:
     flag = "hf-checkpoint" if config.model.megatron_checkpoint is None else "megatron-checkpoint"
     base = weights_directory(student.gpt, config.model.megatron_checkpoint, flag)
     return {
-        "settings": {"lora-rank": rank, "bf16": bf16},
+        "settings": {"lora-rank": rank, "lora-alpha": config.lora.lora_alpha if rank else None, "bf16": bf16},
         "grid": {
             "world": groups.world_size,
             "tensor": parallel.tensor_model_parallel_size,

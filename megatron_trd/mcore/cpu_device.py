@@ -114,16 +114,23 @@ def _redirect_random_state() -> None:
 
     @contextlib.contextmanager
     def fork(self: Any, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Megatron's own `fork` warns at each use when it finds the CPU generator moved, which here it must."""
+        """Megatron's own `fork` warns at each use when it finds the CPU generator moved, which here it must.
+
+        Forks nest: adapters' dropout forks the state that sequence parallelism has forked around the whole block.
+        """
         if name not in self.states_:
             raise KeyError(f"random state {name!r} was never added")
-        outside = torch.get_rng_state()
+        outside, outer = torch.get_rng_state(), self._current_state_name
+        if outer in self.states_:
+            self.states_[outer] = outside
         torch.set_rng_state(self.states_[name])
+        self._current_state_name = name
         try:
             yield
         finally:
             self.states_[name] = torch.get_rng_state()
-            torch.set_rng_state(outside)
+            torch.set_rng_state(self.states_.get(outer, outside))
+            self._current_state_name = outer
 
     megatron_random.CudaRNGStatesTracker.fork = fork
 

@@ -291,6 +291,7 @@ def test_training_from_the_file_accounts_for_every_trajectory(offline: Path) -> 
     expected = MATH.table | {"trajectories": 10, "usable_samples": 6, "filtered": 4, "bad_y_r_replaced": 1}
     assert counted(lines, expected) == expected
     assert json.loads((offline / "summary.json").read_text(encoding="utf-8"))["consumed_samples"] == 6
+    assert sum(line["train/sequences"] for line in lines) == 6
 
 
 def test_online_training_accounts_for_every_problem(stage: Stage, online: Path) -> None:
@@ -298,6 +299,7 @@ def test_online_training_accounts_for_every_problem(stage: Stage, online: Path) 
     assert [(line["iteration"], line["step"]) for line in lines] == [(1, 1), (2, 2)]
     expected = ONLINE_TABLE | {"trajectories": 10, "usable_samples": 8, "bad_y_r_dropped": 2, "filtered": 0}
     assert counted(lines, expected) == expected
+    assert sum(line["train/sequences"] for line in lines) == 8
     saved = [t.problem.id for file in (online / "trajectories").iterdir() for t in read_trajectories(file)]
     assert sorted(saved) == sorted(problem.id for problem in stage.scripts["code"].problems)
 

@@ -49,3 +49,28 @@ def test_megatron_finds_its_device_and_random_state() -> None:
     assert not torch.equal(first, second), "the forked state does not move on"
     with pytest.raises(KeyError, match="'b'"), tracker.fork("b"):
         pass
+
+
+def test_nested_forks_draw_one_stream() -> None:
+    """As with Megatron's own: dropout inside a forked block must not draw the same mask at every step."""
+    use_cpu_where_there_is_no_cuda()
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    def draws(nested: bool) -> list[torch.Tensor]:
+        tracker = CudaRNGStatesTracker()
+        tracker.add("a", 1)
+        drawn = []
+        for _ in range(2):
+            with tracker.fork("a"):
+                drawn.append(torch.rand(3))
+                if nested:
+                    with tracker.fork("a"):
+                        drawn.append(torch.rand(3))
+                else:
+                    drawn.append(torch.rand(3))
+                drawn.append(torch.rand(3))
+        return drawn
+
+    plain, nested = draws(False), draws(True)
+    assert all(map(torch.equal, nested, plain))
+    assert len({tuple(d.tolist()) for d in nested}) == 6

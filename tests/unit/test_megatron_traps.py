@@ -33,13 +33,13 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_writers_of_checkpoints_can_import_the_main_again() -> None:
-    """They are spawned and import it anew: it must be guarded, and light."""
+def test_the_main_imports_in_no_time() -> None:
+    """So that a wrong flag is refused, and --help answers, at once."""
     result = python(LIGHT)
     assert result.returncode == 0, result.stderr
 
 
-def test_missing_psutil_is_an_error_instead_of_a_save_that_hangs() -> None:
+def test_missing_psutil_is_named_at_the_start_instead_of_at_the_first_save() -> None:
     result = python(WITHOUT_PSUTIL)
     assert result.returncode == 0, result.stderr
     assert '"psutil"' in (ROOT / "setup.py").read_text()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_trd.config.schema import ParallelConfig
-from megatron_trd.data.packing import Multiples, lay_out, pack, pack_in_order
+from megatron_trd.data.packing import Multiples, counts, lay_out, pack, pack_in_order
 from megatron_trd.records import Sample
 from tiny_models import make_samples
 
@@ -59,6 +59,10 @@ def test_every_token_lands_once_with_its_weight(normalization, dp_size, max_toke
                 torch.testing.assert_close(weights, torch.full_like(weights, want))
     key = lambda s: (s.student_prompt_ids, s.teacher_prompt_ids, s.response_ids)  # noqa: E731
     assert sorted(key(s) for s, _ in found) == sorted(key(s) for s in samples)
+    assert counts(steps) == {
+        "train/sequences": len(samples),
+        "train/response_tokens": sum(len(s.response_ids) for s in samples),
+    }
 
 
 def unpack(batch):
