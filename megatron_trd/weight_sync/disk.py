@@ -138,7 +138,7 @@ def write_hf_directory(
 
 
 def save_readable(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that whoever may list its directory may read; the library gives it to its owner alone."""
+    """Write a safetensors file for all who may list its directory; the library gives it to its owner alone."""
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)
 
