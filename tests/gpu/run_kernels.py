@@ -7,40 +7,35 @@ Prints a line per check and a table at the end, writes `results/kernels.json`; e
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu import accuracy, calls, determinism, memory, performance, sanitizer, shapes, tiny
-from gpu.harness import Check, Context, Outcome, device_works, run_check
+from gpu.harness import Context
+from gpu.runner import Script
 from trd_kernels import linear_kl_div
 
-GROUPS = {
-    "tiny": tiny.CHECKS,
-    "accuracy": accuracy.CHECKS,
-    "determinism": determinism.CHECKS,
-    "memory": memory.CHECKS,
-    "performance": performance.CHECKS,
-    "shapes": shapes.CHECKS,
-    "calls": calls.CHECKS,
-    "rivals": performance.RIVALS,
-    "sanitizer": sanitizer.CHECKS,
-}
-CHECKS: dict[str, Check] = {f"{group}/{name}": check for group, of in GROUPS.items() for name, check in of.items()}
-# A kernel that hangs outlasts any check of the clock between checks; this long after the deadline the process ends.
-GRACE_SECONDS = 60.0
+SCRIPT = Script(
+    path=Path(__file__).resolve(),
+    description=__doc__,
+    groups={
+        "tiny": tiny.CHECKS,
+        "accuracy": accuracy.CHECKS,
+        "determinism": determinism.CHECKS,
+        "memory": memory.CHECKS,
+        "performance": performance.CHECKS,
+        "shapes": shapes.CHECKS,
+        "calls": calls.CHECKS,
+        "rivals": performance.RIVALS,
+        "sanitizer": sanitizer.CHECKS,
+    },
+)
 
 
 def triton_version() -> str:
@@ -58,53 +53,9 @@ def backends_on(device: str) -> tuple[str, ...]:
     return ("torch", "triton") if device == "cuda" or interpreted else ("torch",)
 
 
-def selected(only: str | None) -> list[str]:
-    """Return the checks whose name or group is listed, in order."""
-    if only is None:
-        return list(CHECKS)
-    wanted = only.split(",")
-    unknown = [w for w in wanted if w not in CHECKS and w not in GROUPS]
-    if unknown:
-        raise SystemExit(f"--only {', '.join(unknown)}: choose from {', '.join([*GROUPS, *CHECKS])}")
-    return [name for name in CHECKS if name in wanted or name.split("/")[0] in wanted]
-
-
-def in_a_new_process(names: list[str], args: argparse.Namespace, seconds_left: float) -> list[Outcome]:
-    """Run checks where no earlier one has broken the device."""
-    with tempfile.TemporaryDirectory() as scratch:
-        options = {"--out": scratch, "--device": args.device, "--scale": args.scale, "--only": ",".join(names)}
-        flags = [word for pair in options.items() for word in pair]
-        command = [sys.executable, __file__, *flags, "--deadline", str(max(seconds_left, 0.0))]
-        subprocess.run(command, check=False)
-        report = Path(scratch, "kernels.json")
-        done = json.loads(report.read_text())["checks"] if report.exists() else []
-    found = {entry["name"]: Outcome(**entry) for entry in done}
-    return [found.get(name) or Outcome(name=name, verdict="not run", key="its process died") for name in names]
-
-
-def write(out: Path | None, about: dict[str, Any], outcomes: list[Outcome]) -> None:
-    """Write all results so far, so that a crash later on loses none."""
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        report = {"about": about, "checks": [asdict(outcome) for outcome in outcomes]}
-        (out / "kernels.json").write_text(json.dumps(report, indent=1))
-
-
-def parsed_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="directory for kernels.json")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--scale", choices=("full", "small"), default="full", help="model sizes, or toy ones")
-    parser.add_argument("--only", help="names of checks or groups, with commas")
-    parser.add_argument("--deadline", type=float, default=480.0, help="seconds; checks not begun by then fail")
-    return parser.parse_args()
-
-
 def main() -> int:
     """Run the checks and return the exit code."""
-    args = parsed_arguments()
-    names = selected(args.only)
+    args = SCRIPT.arguments()
     context = Context(
         operator=linear_kl_div,
         device=torch.device(args.device),
@@ -112,25 +63,14 @@ def main() -> int:
         backends=backends_on(args.device),
         deadline=time.monotonic() + args.deadline,
     )
-    faulthandler.dump_traceback_later(args.deadline + GRACE_SECONDS, exit=True)
-    on_gpu = args.device == "cuda"
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    about = {"device": device, "torch": torch.__version__, "triton": triton_version(), "scale": args.scale}
-    print(*(f"{key} {value}" for key, value in about.items()), f"backends {' '.join(context.backends)}", sep=", ")
-    outcomes: list[Outcome] = []
-    for i, name in enumerate(names):
-        outcomes.append(run_check(name, CHECKS[name], context))
-        print(outcomes[-1], flush=True)
-        if on_gpu and not device_works():
-            print("the device is lost to this process: the rest runs in a new one", flush=True)
-            outcomes += in_a_new_process(names[i + 1 :], args, context.seconds_left())
-            break
-        write(args.out, about, outcomes)
-    write(args.out, about, outcomes)
-    print("\n" + "\n".join(map(str, outcomes)))
-    bad = [outcome.name for outcome in outcomes if not outcome.good]
-    print(f"{len(outcomes) - len(bad)} of {len(outcomes)} good" + (f"; not: {', '.join(bad)}" if bad else ""))
-    return 1 if bad else 0
+    about = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "scale": args.scale,
+        "backends": " ".join(context.backends),
+    }
+    return SCRIPT.run(args, context, about)
 
 
 if __name__ == "__main__":

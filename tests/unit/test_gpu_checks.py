@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -39,7 +40,7 @@ def context(operator: Callable[..., Any] = linear_kl_div) -> Context:
 
 def outcome_of(name: str, operator: Callable[..., Any]) -> Outcome:
     """Run one check on an operator."""
-    return run_check(name, run_kernels.CHECKS[name], context(operator))
+    return run_check(name, run_kernels.SCRIPT.checks[name], context(operator))
 
 
 def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +59,7 @@ def test_the_operator_passes_every_check_that_needs_no_gpu(tmp_path: Path) -> No
     done = run_script("--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads((tmp_path / "kernels.json").read_text())["checks"]
-    assert [check["name"] for check in checks] == list(run_kernels.CHECKS)
+    assert [check["name"] for check in checks] == list(run_kernels.SCRIPT.checks)
     skipped = {check["name"] for check in checks if check["verdict"] == "skipped"}
     assert skipped == NEED_CUDA
     for check in checks:
@@ -203,9 +204,9 @@ def test_a_wrong_operator_is_caught(operator: Callable[..., Any], name: str, row
 
 def test_checks_go_on_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    args = run_kernels.argparse.Namespace(device="cpu", scale="small")
+    args = argparse.Namespace(device="cpu", scale="small")
     names = ["shapes/chunks", "memory/growth"]
-    outcomes = run_kernels.in_a_new_process(names, args, 60.0)
+    outcomes = run_kernels.SCRIPT.in_a_new_process(names, args, 60.0)
     assert [(outcome.name, outcome.verdict) for outcome in outcomes] == list(zip(names, ["ok", "skipped"], strict=True))
 
 

@@ -54,7 +54,7 @@ def test_late_checks_do_not_run_and_unknown_ones_are_named(tmp_path: Path) -> No
     checks = json.loads((tmp_path / "megatron.json").read_text())["checks"]
     assert len(checks) == 6 and {check["verdict"] for check in checks} == {"not run"}
     with pytest.raises(SystemExit, match="--only speeds: choose from accuracy, fp8"):
-        run_megatron.selected("accuracy,speeds")
+        run_megatron.SCRIPT.selected("accuracy,speeds")
 
 
 def too_large(*args: Any, token_weight_R: torch.Tensor, **options: Any) -> Any:
@@ -106,7 +106,7 @@ def outcome(rank: int, world: int, name: str, defect: str) -> Outcome:
     """Run one check on a trainer with a defect."""
     context = Context(operator=None, device=torch.device("cpu"), full=False, backends=())
     with broken(defect):
-        return run_check(name, run_megatron.CHECKS[name], context)
+        return run_check(name, run_megatron.SCRIPT.checks[name], context)
 
 
 @pytest.mark.parametrize(
