@@ -55,8 +55,8 @@ class ResponseAudit:
     def audit(self, sample: Sample) -> TokenAudit:
         """Return what both models say along one response. Collective over the ranks that share a model."""
         batch = pack_in_order([sample], self._multiples).to(self._groups.device)
-        student_rows = rows_without_gradients(self._student, [batch.student], self._groups, lambda rows: rows)
-        teacher_rows = rows_without_gradients(self._teacher, [batch.teacher], self._groups, lambda rows: rows)
+        student_rows = rows_without_gradients(self._student, [batch.student], self._groups)
+        teacher_rows = rows_without_gradients(self._teacher, [batch.teacher], self._groups)
         found: list[dict[str, list] | None] = [None]
         if self._groups.is_last_stage:
             found = [self._statistics(student_rows[0], teacher_rows[0], batch.response_ids)]

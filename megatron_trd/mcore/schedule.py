@@ -56,7 +56,7 @@ def rows_without_gradients(
     model: GPTChunks,
     streams: Sequence[PackedStream],
     groups: Groups,
-    keep: Callable[[Tensor], Tensor],
+    keep: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> list[Tensor]:
     """Return each stream's hidden states as `response_rows` deals them, on the last stage; elsewhere nothing.
 

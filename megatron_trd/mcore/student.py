@@ -151,7 +151,7 @@ class Student:
         self.gpt.eval()
         batch = batch.to(self.groups.device)
         streams = [batch.student] * (self.groups.pp_size if len(self.gpt) > 1 else 1)  # what interleaving asks for
-        rows = rows_without_gradients(self.gpt, streams, self.groups, lambda rows: rows)
+        rows = rows_without_gradients(self.gpt, streams, self.groups)
         num_tokens = batch.response_ids.numel()
         logprobs = torch.empty(num_tokens, dtype=torch.float32, device=self.groups.device)
         if self.groups.is_last_stage:
