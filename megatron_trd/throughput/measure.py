@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_trd.data.packing import stream_lengths
@@ -126,7 +127,8 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        # Subclasses may have no memory: a compiler's fake tensors outlive it in its caches.
+        if type(thing) in (Tensor, Parameter) and thing.device.type == "cpu" and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
