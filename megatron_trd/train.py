@@ -12,7 +12,7 @@ from megatron_trd.config.cli import exit_on_value_error, parse_config
 from megatron_trd.log import configure
 from megatron_trd.tasks import TASKS, TaskMakers, make_task
 
-DRY_RUN = "Print the resolved configuration, the grid of ranks and the memory plan, and stop. Needs no GPU."
+DRY_RUN = "Print the resolved configuration, the grid of ranks, memory and time, and stop. Needs no GPU."
 SHOW_PROMPTS = "Print every prompt of this many training problems as the servers get it, and stop. Needs no server."
 
 
