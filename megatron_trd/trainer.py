@@ -11,7 +11,6 @@ optimizer update.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -147,8 +146,6 @@ class Trainer:
 
     def run(self) -> dict[str, Any] | None:
         """Train to the end; return the final evaluation (on rank 0)."""
-        gc.collect()
-        gc.freeze()  # every save collects garbage, and need not look through models and libraries for it
         self._publish()
         if self.progress.iteration == 0:
             self.progress.before = self._evaluate()
