@@ -101,7 +101,7 @@ def require_memory(config: Config, ranks: int) -> str:
     from megatron_trd.certificate.narrow_copy import HIDDEN, TEACHER_HIDDEN
     from megatron_trd.mcore.hf_config import read_hf_model
 
-    student = read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", config.parallel.tensor_model_parallel_size)
+    student = read_hf_model(config.model.hf_checkpoint, "hf-checkpoint", 1)  # the ranks look at the layout
     rows = student.geometry.vocab_size
     matrices = HIDDEN * (1 if student.tied else 2)
     matrices += TEACHER_HIDDEN if config.model.teacher_hf_checkpoint else HIDDEN
