@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,8 +15,11 @@ from megatron_trd.certificate.dense_reference import dense_reference
 from megatron_trd.certificate.narrow_copy import NarrowRun, narrow_run
 from megatron_trd.certificate.training_step import StepTaken, take_step
 from megatron_trd.config.schema import Config
+from megatron_trd.data.broadcast import make_handout_group, run_on_rank_zero
 from megatron_trd.mcore.groups import initialize_groups
 from megatron_trd.mcore.models import read_models
+
+T = TypeVar("T")
 
 
 def certify(config: Config, local_rank: int, num_layers: int | None = None) -> tuple[NarrowRun, Certificate]:
@@ -28,33 +33,32 @@ def certify(config: Config, local_rank: int, num_layers: int | None = None) -> t
         ValueError: a flag or a model cannot be used.
     """
     groups = initialize_groups(config.parallel, config.data.seed, local_rank)
-    outcome: list[tuple[NarrowRun, Certificate] | ValueError | None] = [None]
+    handout_group = make_handout_group(config.parallel.rollout_timeout_minutes)  # the reference may take its time
     with TemporaryDirectory(prefix="certify-") as scratch:
-        written: list[NarrowRun | ValueError | None] = [None]
-        if groups.rank == 0:
-            try:
-                read_models(config)  # what the user's own run would refuse
-                written[0] = narrow_run(config, Path(scratch), data_parallel=groups.dp_size, num_layers=num_layers)
-            except ValueError as error:
-                written[0] = error
-        dist.broadcast_object_list(written, src=0)
-        (run,) = written
-        if isinstance(run, ValueError):
-            raise run
-        assert run is not None
+
+        def narrow() -> NarrowRun:
+            read_models(config)  # what the user's own run would refuse
+            return narrow_run(config, Path(scratch), data_parallel=groups.dp_size, num_layers=num_layers)
+
+        run = _on_rank_zero(narrow, handout_group)
         student, teacher = read_models(run.config)
         step = take_step(run, groups, student, teacher)
-        if groups.rank == 0:
-            try:
-                outcome[0] = run, _judge(run, step)
-            except ValueError as error:
-                outcome[0] = error
-        dist.broadcast_object_list(outcome, src=0)
-    (verdict,) = outcome
-    if isinstance(verdict, ValueError):
-        raise verdict
-    assert verdict is not None
-    return verdict
+        return run, _on_rank_zero(lambda: _judge(run, step), handout_group)
+
+
+def _on_rank_zero(fn: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """As `run_on_rank_zero`, but what the user did wrong is raised as it is on every rank."""
+
+    def result_or_error() -> T | ValueError:
+        try:
+            return fn()
+        except ValueError as error:
+            return error
+
+    result = run_on_rank_zero(result_or_error, group)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def _judge(run: NarrowRun, step: StepTaken) -> Certificate:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_trd.log import get_logger
+from megatron_trd.weight_sync.disk import bring_to_disk
 
 logger = get_logger(__name__)
 
@@ -157,7 +158,7 @@ def _damage(path: Path, expected: Mapping[str, Any], checksums: bool) -> str:
 def put_in_force(root: Path, unfinished: Path, iteration: int) -> None:
     """Give a complete checkpoint its name and the tracker its number."""
     directory = checkpoint_directory(root, iteration)
-    _sync_directory(unfinished)
+    bring_to_disk(unfinished)
     if directory.exists():  # of a run that was killed before its tracker said so, or went back behind it
         remove(root, iteration)
     unfinished.rename(directory)
@@ -166,7 +167,7 @@ def put_in_force(root: Path, unfinished: Path, iteration: int) -> None:
 
 def write_tracker(root: Path, iteration: int) -> None:
     """Name the checkpoint in force."""
-    _sync_directory(root)
+    bring_to_disk(root)
     _write_durably(root / TRACKER, str(iteration))
 
 
@@ -216,12 +217,4 @@ def _write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    bring_to_disk(path.parent)

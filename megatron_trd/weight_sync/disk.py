@@ -130,10 +130,10 @@ def write_hf_directory(
     _name_shards(partial, shards, num_bytes)
     copy_template(Path(template_dir), partial, dtypes)
     for path in (*partial.iterdir(), partial):
-        _fsync(path)
+        bring_to_disk(path)
     shutil.rmtree(destination, ignore_errors=True)
     partial.rename(destination)
-    _fsync(destination.parent)
+    bring_to_disk(destination.parent)
     return num_bytes
 
 
@@ -168,7 +168,8 @@ def copy_template(template: Path, directory: Path, dtypes: set[str]) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _fsync(path: Path) -> None:
+def bring_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a directory, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+
+from megatron_trd.weight_sync.disk import bring_to_disk
 
 
 def require_new(output: Path) -> None:
@@ -34,15 +35,7 @@ def complete_directory(output: Path) -> Iterator[Path]:
     dist.barrier()
     if dist.get_rank() == 0:
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            bring_to_disk(path)
         partial.replace(output)
-        _sync(output.parent)
+        bring_to_disk(output.parent)
     dist.barrier()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
