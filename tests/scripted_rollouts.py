@@ -4,12 +4,14 @@ told."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_trd.records import Completion, FinishReason, Problem, Verdict
+from megatron_trd.records import Completion, FinishReason, Problem, Trajectory, Verdict
 from megatron_trd.rollout.engine import SamplingParams
 
 SWITCH = (
@@ -88,3 +90,26 @@ class Engine:
         prompt = TOKENIZER.decode(list(prompt_ids))
         self.asked.append((prompt, params))
         return self.answer(prompt, [other for other, _ in self.asked].count(prompt) - 1)
+
+
+RIGHT, WRONG = Verdict(outcome="correct"), Verdict(outcome="wrong")
+
+
+def completion(text: str = "ok", finish_reason: Any = "stop", ids: Sequence[int] | None = None) -> Completion:
+    """A completion of three tokens, or of `ids`."""
+    return Completion(token_ids=tuple([7, 8, 1] if ids is None else ids), text=text, finish_reason=finish_reason)
+
+
+def trajectory(**changes: Any) -> Trajectory:
+    """A wrong y_o that became a right y_r, with `changes`."""
+    base = Trajectory(
+        problem=Problem(id="p", prompt="x", answer="1"),
+        y_o=completion("raw", ids=[5, 6, 1]),
+        y_o_verdict=WRONG,
+        solve_prompt_ids=(10,),
+        vanilla_prompt_ids=(10, 11),
+        y_r=completion("refined"),
+        y_r_verdict=RIGHT,
+        refine_prompt_ids=(10, 12),
+    )
+    return replace(base, **changes)

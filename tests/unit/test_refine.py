@@ -6,7 +6,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +21,17 @@ from megatron_trd.records import (
     Problem,
     Reasoning,
     Selection,
-    Trajectory,
     Verdict,
 )
 from megatron_trd.rollout.engine import SamplingParams
 from megatron_trd.rollout.grading import warn_of_grader_errors
 from megatron_trd.rollout.refine import RolloutRunner, stable_seed
 from megatron_trd.rollout.summary import summarize, verdicts_of
-from scripted_rollouts import TOKENIZER, LastLine, said
+from scripted_rollouts import RIGHT, TOKENIZER, WRONG, LastLine, completion, said, trajectory
 from scripted_rollouts import Engine as CountingEngine
 from scripted_rollouts import Renderer as TellingRenderer
 
 SAMPLING = SamplingParams(max_new_tokens=4)
-RIGHT, WRONG = Verdict(outcome="correct"), Verdict(outcome="wrong")
-
-
-def completion(text: str = "ok", finish_reason: Any = "stop", ids: Sequence[int] | None = None) -> Completion:
-    return Completion(token_ids=tuple([7, 8, 1] if ids is None else ids), text=text, finish_reason=finish_reason)
-
-
-def trajectory(**changes: Any) -> Trajectory:
-    base = Trajectory(
-        problem=Problem(id="p", prompt="x", answer="1"),
-        y_o=completion("raw", ids=[5, 6, 1]),
-        y_o_verdict=WRONG,
-        solve_prompt_ids=(10,),
-        vanilla_prompt_ids=(10, 11),
-        y_r=completion("refined"),
-        y_r_verdict=RIGHT,
-        refine_prompt_ids=(10, 12),
-    )
-    return replace(base, **changes)
 
 
 class Task:

@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import itertools
 import typing
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megatron_trd.config.schema import MethodConfig
-from megatron_trd.records import Completion, KeptPrefix, Outcome, Problem, Reasoning, Trajectory, Verdict
+from megatron_trd.records import KeptPrefix, Outcome, Reasoning, Verdict
 from megatron_trd.rollout.to_sample import passes, to_sample
+from scripted_rollouts import completion, trajectory
 
-RIGHT, WRONG = Verdict(outcome="correct"), Verdict(outcome="wrong")
 GIVEN_UP = Verdict(outcome="grader_error", error="timed out")
-
-
-def completion(text: str = "ok", finish_reason: Any = "stop", ids: Sequence[int] | None = None) -> Completion:
-    return Completion(token_ids=tuple([7, 8, 1] if ids is None else ids), text=text, finish_reason=finish_reason)
-
-
-def trajectory(**changes: Any) -> Trajectory:
-    base = Trajectory(
-        problem=Problem(id="p", prompt="x", answer="1"),
-        y_o=completion("raw", ids=[5, 6, 1]),
-        y_o_verdict=WRONG,
-        solve_prompt_ids=(10,),
-        vanilla_prompt_ids=(10, 11),
-        y_r=completion("refined"),
-        y_r_verdict=RIGHT,
-        refine_prompt_ids=(10, 12),
-    )
-    return replace(base, **changes)
-
-
 TRUNCATED = completion("cut", "length", [7, 8])
 SILENT = completion(" ", "stop", [1])
 FAILED = completion("", "abort", [])
