@@ -12,6 +12,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -242,10 +243,16 @@ def _facts(student: Student, groups: Groups) -> dict[str, Any]:
             "expert tensor": groups.etp_size,
         },
         "lora": asdict(config.lora) if rank else None,
-        "base": {"flag": flag, "path": str(base), "files": fingerprint(base)} if rank else None,
+        "base": {"flag": flag, "path": str(base), "files": _files_of_base(base)} if rank else None,
         "main_value_prefix": optimizer_state.main_value_prefix(distributed=distributed, bf16=bf16),
         "optimizer_steps": optimizer_state.steps_taken(student.optimizer),
     }
+
+
+@lru_cache(maxsize=1)
+def _files_of_base(base: Path) -> dict[str, str]:
+    """Look at the base once: it stays as it is while a run lives, and every save names it."""
+    return fingerprint(base)
 
 
 def _require_same_base(directory: Path, saved: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:
