@@ -9,7 +9,8 @@ Megatron-Core names the device in five ways, and each needs its own answer:
 - the CUDA random number generator: the CPU's default generator;
 - the stream on which the experts' token counts come to the host: they are there already.
 
-And gloo cannot gather or reduce-scatter parts of unequal size, which the tokens of split experts are.
+And gloo cannot gather or reduce-scatter parts of unequal size, which the tokens of split experts are. SwiGLU's few
+operations stay uncompiled: a compiler for the CPU would take longer than a test.
 
 The tensor factories (`torch.zeros`, ...) are never wrapped: torch keeps a cached set of them for
 `with torch.device(...)`, and a wrapped one makes `transformers` load wrong weights without an error.
@@ -62,6 +63,7 @@ def use_cpu_where_there_is_no_cuda() -> torch.device:
         _redirect_random_state()
         _keep_token_dispatcher_off_streams()
         _allow_unequal_parts()
+        _leave_swiglu_uncompiled()
     return _CPU
 
 
@@ -172,3 +174,11 @@ def _allow_unequal_parts() -> None:
 
     mappings._gather_along_first_dim = gather_padded
     mappings._reduce_scatter_along_first_dim = reduce_and_take
+
+
+def _leave_swiglu_uncompiled() -> None:
+    from megatron.core.fusions import fused_bias_swiglu
+
+    for name, function in list(vars(fused_bias_swiglu).items()):
+        if original := getattr(function, "_torchdynamo_orig_callable", None):
+            setattr(fused_bias_swiglu, name, original)

@@ -54,9 +54,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=model.bf16,
         use_cpu_initialization=groups.device.type != "cuda",
-        # Fusions that need apex, or a compiler on the CPU.
+        bias_activation_fusion=True,  # SwiGLU keeps its input alone, and computes the rest again
+        # Fusions that need apex or Transformer Engine.
         gradient_accumulation_fusion=False,  # but see FusedGradientsLayer
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

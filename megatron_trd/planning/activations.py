@@ -63,8 +63,8 @@ def layer_bytes(shape: ModelShape, layer: int, grid: Grid, stream: Stream, preci
     else:
         ffn = shape.ffn_hidden_size
         total += _linear_input(h, n, precision)
-        # gate|up, silu(gate), up + 0 and their product
-        total += 4 * ffn * a * t / grid.tp + _linear_input(ffn, t / grid.tp, precision)
+        # gate|up, and what SwiGLU makes of them
+        total += 2 * ffn * a * t / grid.tp + _linear_input(ffn, t / grid.tp, precision)
         total += 2 * _adapter(grid, t, precision)
     total += 2 * _adapter(grid, t, precision)
     return round(total)
@@ -72,9 +72,11 @@ def layer_bytes(shape: ModelShape, layer: int, grid: Grid, stream: Stream, preci
 
 def layer_transient_bytes(shape: ModelShape, layer: int, grid: Grid, stream: Stream, precision: Precision) -> int:
     """Return what a layer's backward pass needs beside what is kept: two gradients of the feed-forward's width more
-    than it has freed by then, the gradients of the residual stream, and what it computes again."""
+    than it has freed by then (four where SwiGLU's is not compiled), those of the residual stream, and what it computes
+    again."""
     a, t, n = precision.element, stream.tokens / grid.cp, stream.tokens / grid.sequence_ranks
-    gradients = 2 * _ffn_width(shape, layer, grid) * a * t + 2 * shape.hidden_size * a * n
+    of_swiglu = 4 if precision.implementation == "cpu" else 2
+    gradients = of_swiglu * _ffn_width(shape, layer, grid) * a * t + 2 * shape.hidden_size * a * n
     whole = replace(precision, recomputed=())
     again = layer_bytes(shape, layer, grid, stream, whole) - layer_bytes(shape, layer, grid, stream, precision)
     return round(gradients) + again
@@ -83,7 +85,8 @@ def layer_transient_bytes(shape: ModelShape, layer: int, grid: Grid, stream: Str
 def forward_only_bytes(shape: ModelShape, layer: int, grid: Grid, stream: Stream, precision: Precision) -> int:
     """Return what a forward pass without gradients holds at its widest: a layer's feed-forward."""
     a, t, n = precision.element, stream.tokens / grid.cp, stream.tokens / grid.sequence_ranks
-    return round(5 * _ffn_width(shape, layer, grid) * a * t + 4 * shape.hidden_size * a * n)
+    of_swiglu = 4 if precision.implementation == "cpu" else 3
+    return round(of_swiglu * _ffn_width(shape, layer, grid) * a * t + 4 * shape.hidden_size * a * n)
 
 
 def norm_bytes(shape: ModelShape, grid: Grid, stream: Stream, precision: Precision) -> int:
@@ -144,8 +147,8 @@ def _experts(shape: ModelShape, experts: Experts, grid: Grid, n: float, precisio
     a, k, h = precision.element, experts.top_k, shape.hidden_size
     scores = experts.num_experts * (1 + a) + k * (2 * 8 + 8 + 4)  # map and probabilities; indices, scores
     routed = k * n * (1 if grid.sequence_parallel else 1 / grid.tp) * grid.etp  # token-expert pairs of this rank
-    # gate|up, silu(gate), up + 0, their product, and that times the router's weight
-    return (h * a + scores) * n + routed * (h * a + 6 * experts.ffn_hidden_size * a / grid.etp)
+    # gate|up, and what SwiGLU makes of them, times the router's weight
+    return (h * a + scores) * n + routed * (h * a + 3 * experts.ffn_hidden_size * a / grid.etp)
 
 
 def _ffn_width(shape: ModelShape, layer: int, grid: Grid) -> float:

@@ -138,8 +138,9 @@ def audit_on_rank(rank: int, world_size: int, trajectories: Path, output: Path, 
         (2, {}),  # five responses on two ranks: the last block is not full
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         (3, {"pipeline_model_parallel_size": 3}),
+        (2, {"context_parallel_size": 2}),
     ],
-    ids=["dp 2", "tp 2 with sequence parallelism", "pp 3"],
+    ids=["dp 2", "tp 2 with sequence parallelism", "pp 3", "cp 2"],
 )
 def test_loaded_models(
     world_size: int, parallel: dict[str, Any], trajectories: Path, expected: list[TokenAudit], tmp_path: Path
