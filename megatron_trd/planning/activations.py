@@ -72,11 +72,11 @@ def layer_bytes(shape: ModelShape, layer: int, grid: Grid, stream: Stream, preci
 
 def layer_transient_bytes(shape: ModelShape, layer: int, grid: Grid, stream: Stream, precision: Precision) -> int:
     """Return what a layer's backward pass needs beside what is kept: two gradients of the feed-forward's width more
-    than it has freed by then (four where SwiGLU's is not compiled), those of the residual stream, and what it computes
+    than it has freed by then (four where SwiGLU's is not compiled), that of the residual stream, and what it computes
     again."""
     a, t, n = precision.element, stream.tokens / grid.cp, stream.tokens / grid.sequence_ranks
     of_swiglu = 4 if precision.implementation == "cpu" else 2
-    gradients = of_swiglu * _ffn_width(shape, layer, grid) * a * t + 2 * shape.hidden_size * a * n
+    gradients = of_swiglu * _ffn_width(shape, layer, grid) * a * t + shape.hidden_size * a * n
     whole = replace(precision, recomputed=())
     again = layer_bytes(shape, layer, grid, stream, whole) - layer_bytes(shape, layer, grid, stream, precision)
     return round(gradients) + again

@@ -135,6 +135,7 @@ def test_batches_come_in_order_and_no_token_is_older_than_the_bound(
             rows = [logprobs(model, trajectory.solve_prompt_ids, y_o, config) for model in (hf_student, other)]
             want = [float(rows[version % 2][i]) for i, version in enumerate(versions)]
             assert y_o.logprobs == pytest.approx(want, abs=2e-4)
+            assert set(versions) <= {iteration - 1, iteration}
         tags = batch.metrics()
         assert tags["rollout/staleness_mean"] == pytest.approx(sum(ages) / BATCH)
         assert tags["rollout/staleness_max"] == max(ages) and tags["rollout/redone_stale"] == 0
