@@ -21,7 +21,7 @@ from megatron_trd.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
-from megatron_trd.data.packing import Multiples, pack
+from tests.distributed.parity import pack_step
 from tiny_models import VOCAB, make_samples
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -48,14 +48,7 @@ class Run:
 
     def step(self, number: int) -> tuple[float, float, float]:
         """Train step `number`, the same on every grid; return its loss, gradient norm and learning rate."""
-        (batch,) = pack(
-            make_samples(6, seed=number),
-            num_steps=1,
-            dp_size=self.groups.dp_size,
-            max_tokens=100,
-            multiples=Multiples.of(self.config.parallel),
-            normalization="sequence",
-        )
+        batch = pack_step(make_samples(6, seed=number), self.groups, self.config.parallel, max_tokens=100)
         result = self.student.train_step(batch[self.groups.dp_rank], self.teacher)
         return loss_of_all_ranks(result.sums, self.groups).item(), result.grad_norm, result.lr
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_trd.certificate.dense_reference import dense_logits, dense_reference
 from megatron_trd.certificate.training_step import gradients, loss_of_all_ranks
 from megatron_trd.config.schema import ObjectiveConfig, ParallelConfig
-from tests.distributed.parity import LORA, build, compare
+from tests.distributed.parity import LORA, build, compare, pack_step
 from tiny_models import make_samples
 
 TEMPERATURE = 0.7
@@ -83,7 +83,7 @@ def check_grids(rank: int, world: int, grids: list[tuple[GridCase, Path, Path]],
 
 
 def _check(rank: int, case: GridCase, student_path: Path, teacher_path: Path, objective: ObjectiveConfig) -> None:
-    from megatron_trd.data.packing import Multiples, pack, pack_in_order
+    from megatron_trd.data.packing import Multiples, pack_in_order
     from megatron_trd.mcore import hf_weights
     from megatron_trd.mcore.groups import initialize_groups
 
@@ -106,14 +106,7 @@ def _check(rank: int, case: GridCase, student_path: Path, teacher_path: Path, ob
     if rank == 0:
         expected = dense_reference(objective, samples, student_path, teacher_path, adapter, LORA)
     for max_tokens in (10_000, 40):  # one micro-batch, several
-        (batch,) = pack(
-            samples,
-            num_steps=1,
-            dp_size=groups.dp_size,
-            max_tokens=max_tokens,
-            multiples=Multiples.of(parallel),
-            normalization=objective.loss_normalization,
-        )
+        batch = pack_step(samples, groups, parallel, max_tokens=max_tokens, normalization=objective.loss_normalization)
         mine = batch[groups.dp_rank]
         sums = student.accumulate_gradients(mine, teacher)
         loss, grads = loss_of_all_ranks(sums, groups), gradients(student, groups)

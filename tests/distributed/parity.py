@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from megatron_trd.config.schema import Config, DataConfig, LoraConfig, MethodConfig, ModelConfig, ParallelConfig
+from megatron_trd.data.packing import Multiples, StepBatch, pack
+from megatron_trd.records import Sample
 from tiny_models import VOCAB
 
 LORA = LoraConfig(lora_rank=4, lora_alpha=8.0)
@@ -39,6 +41,21 @@ def build(
     if lora:
         randomize_adapters(student.gpt, groups)
     return student, teacher
+
+
+def pack_step(
+    samples: Sequence[Sample], groups, parallel: ParallelConfig, *, max_tokens: int, normalization: str = "sequence"
+) -> StepBatch:
+    """Pack samples into one optimizer step of a grid."""
+    (step,) = pack(
+        samples,
+        num_steps=1,
+        dp_size=groups.dp_size,
+        max_tokens=max_tokens,
+        multiples=Multiples.of(parallel),
+        normalization=normalization,
+    )
+    return step
 
 
 def compare(where: str, loss: torch.Tensor, grads: Mapping[str, torch.Tensor], expected) -> None:

@@ -21,6 +21,7 @@ from megatron_trd.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
+from tests.distributed.parity import pack_step
 from tiny_models import VOCAB, make_model, make_samples
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
@@ -208,7 +209,6 @@ def same(one: Path, other: Path) -> bool:
 def train(rank: int, world: int, root: Path, directory: Path, name: str, lora, start: str, grid) -> None:
     """One step in bf16; then the run's own exports and its checkpoint."""
     from megatron_trd import job
-    from megatron_trd.data.packing import Multiples, pack
     from megatron_trd.mcore.checkpoint import Checkpoints
     from megatron_trd.mcore.groups import initialize_groups
     from megatron_trd.mcore.models import read_models
@@ -234,14 +234,7 @@ def train(rank: int, world: int, root: Path, directory: Path, name: str, lora, s
     hf, teacher_hf = read_models(config)
     student = Student(config, groups, hf, total_steps=6, vocab_size=VOCAB, epistemic_ids=[1])
     teacher = build_teacher(config, groups, student.gpt, teacher_hf)
-    (batch,) = pack(
-        make_samples(6),
-        num_steps=1,
-        dp_size=groups.dp_size,
-        max_tokens=100,
-        multiples=Multiples.of(config.parallel),
-        normalization="sequence",
-    )
+    batch = pack_step(make_samples(6), groups, config.parallel, max_tokens=100)
     student.train_step(batch[groups.dp_rank], teacher)
     (directory / "run").mkdir(exist_ok=True)
     Checkpoints(config.checkpoint, groups).save(student, {"iteration": 10})

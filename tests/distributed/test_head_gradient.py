@@ -17,7 +17,7 @@ from launch import spawn
 from megatron_trd.certificate.dense_reference import dense_reference
 from megatron_trd.certificate.training_step import gradients, loss_of_all_ranks
 from megatron_trd.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig
-from tests.distributed.parity import LORA, build, compare
+from tests.distributed.parity import LORA, build, compare, pack_step
 from tiny_models import make_model, make_samples
 
 
@@ -73,7 +73,6 @@ class NewTensors(TorchDispatchMode):
 
 
 def check(rank: int, world: int, root: str, cases: list[Case]) -> None:
-    from megatron_trd.data.packing import Multiples, pack
     from megatron_trd.mcore import hf_weights
     from megatron_trd.mcore.groups import initialize_groups
 
@@ -86,14 +85,7 @@ def check(rank: int, world: int, root: str, cases: list[Case]) -> None:
         )
         student.config = replace(student.config, objective=objective)
         adapter = {k: v.clone() for k, v in hf_weights.export_adapter(student.gpt, groups)} if case.lora else None
-        (batch,) = pack(
-            samples,
-            num_steps=1,
-            dp_size=groups.dp_size,
-            max_tokens=40,
-            multiples=Multiples.of(parallel),
-            normalization=objective.loss_normalization,
-        )
+        batch = pack_step(samples, groups, parallel, max_tokens=40, normalization=objective.loss_normalization)
         assert len(batch[0]) > 1  # the buffer is added to, not written
         mode = NewTensors(torch.Size(()), [])
         if groups.is_last_stage:

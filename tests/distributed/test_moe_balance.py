@@ -13,7 +13,7 @@ from launch import spawn
 from megatron_trd.certificate.dense_reference import dense_reference, stacked_experts
 from megatron_trd.certificate.training_step import gradients, loss_of_all_ranks
 from megatron_trd.config.schema import ObjectiveConfig, ParallelConfig
-from tests.distributed.parity import build, compare
+from tests.distributed.parity import build, compare, pack_step
 from tiny_models import make_model, make_samples
 
 COEFF, TOP_K = 0.7, 3
@@ -57,7 +57,6 @@ def dense_balance(path: Path, batch) -> tuple[dict[str, torch.Tensor], float]:
 def check_balance(rank: int, world: int, root: str, grids: list[dict]) -> None:
     from megatron.core import parallel_state
 
-    from megatron_trd.data.packing import Multiples, pack
     from megatron_trd.mcore.groups import initialize_groups
 
     torch.set_num_threads(1)
@@ -69,14 +68,7 @@ def check_balance(rank: int, world: int, root: str, grids: list[dict]) -> None:
         student, teacher = build(
             student_path, student_path, groups, parallel, mode="opsd", lora=False, moe_aux_loss_coeff=COEFF
         )
-        (batch,) = pack(
-            samples,
-            num_steps=1,
-            dp_size=groups.dp_size,
-            max_tokens=40,
-            multiples=Multiples.of(parallel),
-            normalization="sequence",
-        )
+        batch = pack_step(samples, groups, parallel, max_tokens=40)
         assert any(m.student.is_padding.any() for m in batch[groups.dp_rank]), "the test needs padding"
         sums = student.accumulate_gradients(batch[groups.dp_rank], teacher)
         loss, grads = loss_of_all_ranks(sums, groups), gradients(student, groups)

@@ -14,7 +14,7 @@ from megatron_trd.certificate.dense_reference import dense_divergence, dense_ref
 from megatron_trd.certificate.training_step import gradients, loss_of_all_ranks
 from megatron_trd.config.schema import ObjectiveConfig, ParallelConfig
 from megatron_trd.records import Sample
-from tests.distributed.parity import build
+from tests.distributed.parity import build, pack_step
 from tiny_models import make_model, make_samples
 
 OBJECTIVE = ObjectiveConfig()
@@ -44,7 +44,6 @@ def in_bf16(path: Path, teacher_path: Path, samples: list[Sample]) -> dict[str, 
 
 
 def check(rank: int, world: int, root: str, fused: bool) -> None:
-    from megatron_trd.data.packing import Multiples, pack
     from megatron_trd.mcore.groups import initialize_groups
 
     student_path, teacher_path, samples = Path(root) / "student", Path(root) / "teacher", make_samples(6)
@@ -61,14 +60,7 @@ def check(rank: int, world: int, root: str, fused: bool) -> None:
         gradient_accumulation_fusion=fused,
     )
     assert all(p.dtype == torch.bfloat16 and p.main_grad.dtype == torch.float32 for p in student.gpt.parameters())
-    (batch,) = pack(
-        samples,
-        num_steps=1,
-        dp_size=1,
-        max_tokens=60,
-        multiples=Multiples.of(parallel),
-        normalization=OBJECTIVE.loss_normalization,
-    )
+    batch = pack_step(samples, groups, parallel, max_tokens=60, normalization=OBJECTIVE.loss_normalization)
     assert len(batch[0]) > 1
     loss = loss_of_all_ranks(student.accumulate_gradients(batch[0], teacher), groups)
     for p in student.gpt.parameters():

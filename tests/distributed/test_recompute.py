@@ -13,7 +13,7 @@ from launch import spawn
 from megatron_trd.certificate.dense_reference import dense_reference
 from megatron_trd.certificate.training_step import gradients, loss_of_all_ranks
 from megatron_trd.config.schema import ObjectiveConfig, ParallelConfig
-from tests.distributed.parity import LORA, build, compare
+from tests.distributed.parity import LORA, build, compare, pack_step
 from tiny_models import make_model, make_samples
 
 LAYERS = 4
@@ -42,21 +42,13 @@ SPARSE = [
 
 
 def check(rank: int, world: int, root: str, name: str, cases: list) -> None:
-    from megatron_trd.data.packing import Multiples, pack
     from megatron_trd.mcore import hf_weights
     from megatron_trd.mcore.groups import initialize_groups
 
     path, samples = Path(root) / name, make_samples(4)
     parallel = ParallelConfig(tensor_model_parallel_size=world, sequence_parallel=world > 1)
     groups = initialize_groups(parallel, 1, 0)
-    (batch,) = pack(
-        samples,
-        num_steps=1,
-        dp_size=groups.dp_size,
-        max_tokens=10_000,
-        multiples=Multiples.of(parallel),
-        normalization=OBJECTIVE.loss_normalization,
-    )
+    batch = pack_step(samples, groups, parallel, max_tokens=10_000, normalization=OBJECTIVE.loss_normalization)
     expected = {}
     for (flags, *times), lora in itertools.product(cases, (False, True)):
         student, teacher = build(path, path, groups, parallel, mode="opsd", lora=lora, **flags)

@@ -17,7 +17,7 @@ from launch import spawn
 from megatron_trd.certificate.dense_reference import dense_reference
 from megatron_trd.certificate.training_step import gradients, loss_of_all_ranks
 from megatron_trd.config.schema import ObjectiveConfig, ParallelConfig
-from tests.distributed.parity import LORA, build, compare
+from tests.distributed.parity import LORA, build, compare, pack_step
 from tiny_models import make_model, make_samples
 
 OBJECTIVES = {
@@ -32,7 +32,6 @@ GRIDS = [(1, 1, False), (2, 2, False), (2, 2, True), (4, 4, False), (4, 4, True)
 
 
 def check_grid(rank: int, world: int, root: str, tp: int, sp: bool) -> None:
-    from megatron_trd.data.packing import Multiples, pack
     from megatron_trd.mcore import hf_weights
     from megatron_trd.mcore.groups import initialize_groups
 
@@ -50,13 +49,8 @@ def check_grid(rank: int, world: int, root: str, tp: int, sp: bool) -> None:
         for name, objective in OBJECTIVES.items():
             student.config = replace(student.config, objective=objective)
             for max_tokens in (10_000, 40):  # one micro-batch, several
-                (batch,) = pack(
-                    samples,
-                    num_steps=1,
-                    dp_size=groups.dp_size,
-                    max_tokens=max_tokens,
-                    multiples=Multiples.of(parallel),
-                    normalization=objective.loss_normalization,
+                batch = pack_step(
+                    samples, groups, parallel, max_tokens=max_tokens, normalization=objective.loss_normalization
                 )
                 assert (len(batch[0]) > 1) == (max_tokens == 40) or groups.dp_size > 2
                 sums = student.accumulate_gradients(batch[groups.dp_rank], teacher)

@@ -20,6 +20,7 @@ from megatron_trd.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
+from tests.distributed.parity import pack_step
 from tiny_models import VOCAB, make_model, make_samples
 
 STEPS = 4
@@ -51,17 +52,7 @@ def build(model: str, parallel: ParallelConfig, **method):
 
 
 def packed(samples, groups, parallel: ParallelConfig):
-    from megatron_trd.data.packing import Multiples, pack
-
-    (batch,) = pack(
-        samples,
-        num_steps=1,
-        dp_size=groups.dp_size,
-        max_tokens=60,
-        multiples=Multiples.of(parallel),
-        normalization="sequence",
-    )
-    return batch[groups.dp_rank]
+    return pack_step(samples, groups, parallel, max_tokens=60)[groups.dp_rank]
 
 
 def train(rank: int, world: int, model: str, parallel: ParallelConfig):

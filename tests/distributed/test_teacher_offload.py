@@ -11,12 +11,11 @@ from launch import spawn
 from megatron_trd.certificate.training_step import gradients, loss_of_all_ranks
 from megatron_trd.config.schema import ParallelConfig
 from megatron_trd.mcore.offload import BoundedRows, OffloadedWeights
-from tests.distributed.parity import build
+from tests.distributed.parity import build, pack_step
 from tiny_models import make_model, make_samples
 
 
 def check_offload(rank: int, world: int, root: str, tied: bool) -> tuple[int, int]:
-    from megatron_trd.data.packing import Multiples, pack
     from megatron_trd.mcore.groups import initialize_groups
     from megatron_trd.mcore.teacher import Teacher
 
@@ -25,14 +24,7 @@ def check_offload(rank: int, world: int, root: str, tied: bool) -> tuple[int, in
     groups = initialize_groups(parallel, 1, 0)
     teacher_path = Path(root) / ("tied" if tied else "untied")
     student, stays = build(Path(root) / "student", teacher_path, groups, parallel, mode="opd", lora=False)
-    (batch,) = pack(
-        make_samples(5),
-        num_steps=1,
-        dp_size=1,
-        max_tokens=40,
-        multiples=Multiples.of(parallel),
-        normalization="sequence",
-    )
+    batch = pack_step(make_samples(5), groups, parallel, max_tokens=40)
     streams = [micro_batch.teacher for micro_batch in batch[0]]
     assert len(streams) > 2
     expected = [rows.clone() for rows in stays.rows(streams)]
